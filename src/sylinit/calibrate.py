@@ -1,0 +1,90 @@
+"""After the solve: the scale of each unit, its bias, the head's temperature, the statistics of normalisation layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from sylinit.moments import Covariance
+
+FLOOR = 1e-2
+"""Variance along a unit's direction is taken to be at least this share of the mean over all directions."""
+
+LOGIT_DEVIATION = 0.2
+"""Root mean square of a classifier's centred logits at the start."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Scaled ``weight [g, k, d]``, the ``offset [g, k]`` of its mean output, and which units are ``dead [g, k]``."""
+
+    weight: Tensor
+    offset: Tensor
+    dead: Tensor
+
+
+def calibrate_units(weight: Tensor, cov: Covariance, variance: float) -> Calibrated:
+    """Scale each unit to output variance ``variance`` on the calibration rows; its mean output is to be zero.
+
+    ``w <- w sqrt(variance) / (|w| s)`` with ``s^2 = max(u^T Cov u, FLOOR tr(Cov) / d)``, ``u = w / |w|``.
+    The floor keeps a direction of noise from being blown up.
+
+    Args:
+        weight: ``[g, k, d]``.
+        cov: of the rows.
+        variance: of each unit's output; positive.
+    """
+    tiny = torch.finfo(weight.dtype).tiny
+    length = weight.norm(dim=2, keepdim=True)
+    direction = weight / length.clamp(min=tiny)
+    along = output_variance(direction, cov).unsqueeze(2)
+    floor = (FLOOR * cov.variance).clamp(min=tiny).view(-1, 1, 1)
+    scaled = direction * (variance / torch.maximum(along, floor)).sqrt()
+    return Calibrated(scaled, torch.zeros_like(scaled[:, :, 0]), (length <= tiny).squeeze(2))
+
+
+def calibrate_logits(weight: Tensor, cov: Covariance, deviation: float = LOGIT_DEVIATION) -> Calibrated:
+    """Keep the head's direction: one scale for all logits, so that their root mean square, centred, is ``deviation``."""
+    spread = output_variance(weight, cov)
+    scale = deviation / spread.mean().clamp(min=torch.finfo(weight.dtype).tiny).sqrt()
+    return Calibrated(weight * scale, torch.zeros_like(spread), spread <= 0)
+
+
+def calibrate_regression(weight: Tensor, cov: Covariance) -> Calibrated:
+    """Scale each output to its least-squares slope on the target, ``cov(t, y) / var(y)``; its mean is the target's."""
+    spread = output_variance(weight, cov)
+    slope = (weight * cov.xt.mT).sum(2) / spread.clamp(min=torch.finfo(weight.dtype).tiny)
+    return Calibrated(weight * slope.unsqueeze(2), cov.mean_t.expand_as(spread), spread <= 0)
+
+
+def output_variance(weight: Tensor, cov: Covariance) -> Tensor:
+    """Output variance of each unit, ``diag(W Cov W^T)``, shape ``[g, k]``."""
+    return (weight @ cov.xx * weight).sum(2).clamp(min=0)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer with running statistics: BatchNorm, SyncBatchNorm or InstanceNorm."""
+    return isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None
+
+
+def norm_sums(module: nn.Module, x: Tensor) -> Tensor:
+    """``[3, channels]`` float64: count, sum and sum of squares of each channel, over samples and positions."""
+    channels = module.num_features
+    dims = next((dims for dims in (1, 2, 3) if type(module).__name__.endswith(f"{dims}d")), 0)
+    unbatched = isinstance(module, _InstanceNorm) and x.ndim == dims + 1
+    rows = (x.unsqueeze(0) if unbatched else x).double().transpose(0, 1).reshape(channels, -1)
+    return torch.stack([torch.full_like(rows[:, 0], rows.shape[1]), rows.sum(1), rows.square().sum(1)])
+
+
+@torch.no_grad()
+def write_statistics(module: nn.Module, sums: Tensor) -> None:
+    """Set the running mean and (unbiased) variance of a normalisation layer to those of the pooled sums."""
+    count, total, squares = sums
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+    module.running_mean.copy_(mean)
+    module.running_var.copy_(variance)

@@ -1,0 +1,329 @@
+"""`initialize_`: one forward pass over the calibration data that computes each layer when the data reaches it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sylinit.calibrate import norm_sums, write_statistics
+from sylinit.codes import CODES, Code
+from sylinit.data import Data, call_model, read_data
+from sylinit.errors import SylinitError, UnsupportedLayerError
+from sylinit.gather import Gathered, gather, not_finite, require_finite
+from sylinit.lanes import Lanes
+from sylinit.layer import Problem, Solution, solve_layer, solve_layer_from_rows
+from sylinit.plan import Door, Plan, make_plan
+from sylinit.processes import Processes
+from sylinit.report import LayerReport, Report
+from sylinit.snapshot import Snapshot
+from sylinit.targets import Targets
+
+Rows = int | Literal["all"] | None
+
+SAMPLE = 20_000
+"""At most this many rows for codes that are fitted on rows, where ``rows="all"``."""
+
+
+def initialize_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    code: Any = "mixed",
+    encoding_weight: float = 1.0,
+    layers: Any = None,
+    head: str | None = "auto",
+    rows: Rows = None,
+    variance: float = 1.0,
+    generator: torch.Generator | None = None,
+    group: Any = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Report:
+    """Compute a model's weights from data, layer by layer in execution order, without a gradient step.
+
+    Each layer's weight W (k x d) solves, on the rows X (d x n) that reach it and a latent code S (k x n) of them,
+
+        minimise  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
+
+    and is then scaled to unit output variance and centred. Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
+    All or nothing: after any exception the model is bit for bit what it was.
+
+    Args:
+        model: any module, of any floating-point dtype; it is run in eval mode, and its modes are put back.
+        batches: calibration data: an iterable of ``x``, ``(x, y)`` or mappings (``labels`` is the target). ``y`` holds
+            class indices ``[n]`` (or ``[n, positions]`` for tokens and pixels; -100 is ignored), soft labels or real
+            values ``[n, c]``.
+        code: the latent code: a name in `sylinit.CODES`, a `Code`, a callable ``(x, target, units, generator) -> s``, a
+            scikit-learn transformer, a tensor ``[samples, units]``, or a mapping from name pattern to any of these.
+        encoding_weight: lambda, the weight of encoding against decoding; positive.
+        layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
+            ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
+        head: the name of the layer whose outputs are the logits or predictions; "auto" takes the last layer whose width
+            fits the targets; None where there is none.
+        rows: rows of input read per layer: an upper bound, "all", or None for a budget derived from the layer's width.
+        variance: of each unit's output on the calibration data.
+        generator: source of what is random (sampled rows, random codes); None means a fixed seed.
+        group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
+        progress: called with (layers done, layers in all, name of the layer done).
+        forward: ``(model, batch) -> anything``, for models that are not called as ``model(x)`` or ``model(**mapping)``.
+
+    Returns:
+        What was done to each layer, and why where nothing was.
+
+    Raises:
+        SylinitError: for bad input, naming the layer or argument, what was expected, what came and the remedy.
+    """
+    _check_arguments(encoding_weight, variance, rows)
+    started = time.perf_counter()
+    model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+    processes = Processes(group)
+    snapshot = Snapshot(model, generator)
+    succeeded = False
+    run: _Pass | None = None
+    try:
+        seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
+        data = read_data(model, batches, processes, seed, custom=forward is not None)
+        plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
+        run = _Pass(plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, progress))
+        run.through(model, forward)
+        succeeded = True
+    except BaseException as error:
+        processes.announce(error)
+        raise
+    finally:
+        if run is not None:
+            run.remove_hooks()
+        snapshot.restore(succeeded=succeeded)
+    return Report(
+        layers=(*run.records, *run.never_met(), *plan.left_alone),
+        samples=data.samples,
+        seconds=time.perf_counter() - started,
+        solve_seconds=sum(record.seconds for record in run.records),
+        notes=plan.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the user asked for."""
+
+    encoding_weight: float
+    variance: float
+    rows: Rows
+    progress: Callable[[int, int, str], None] | None
+
+    def budget(self, dim: int, needs: str, total: int) -> int | None:
+        """How many of ``total`` rows to read for a layer of ``dim`` inputs; None for all."""
+        if self.rows == "all":
+            return SAMPLE if needs == "rows" else None
+        return default_rows(dim) if self.rows is None else self.rows
+
+
+class _Pass:
+    """One run of the model over all batches; each layer is computed at its door."""
+
+    def __init__(self, plan: Plan, data: Data, processes: Processes, snapshot: Snapshot, settings: _Settings) -> None:
+        self.records: list[LayerReport] = []
+        self._plan = plan
+        self._data = data
+        self._processes = processes
+        self._snapshot = snapshot
+        self._settings = settings
+        self._lanes = Lanes(len(data.batches), self._settle, self._choose)
+        self._settled: set[int] = set()
+        self._entered: set[int] = set()
+        self._hooks: list[Any] = []
+
+    def through(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any] | None) -> None:
+        """Hang a hook on every module with a door and send every lane through the model."""
+        doors: dict[nn.Module, list[int]] = {}
+        for number, door in enumerate(self._plan.doors):
+            doors.setdefault(door.module, []).append(number)
+        for module, numbers in doors.items():
+            self._hooks.append(module.register_forward_pre_hook(self._hook(numbers), with_kwargs=True))
+        torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
+        model.eval()
+
+        def lane(number: int) -> None:
+            batch = self._data.batches[number]
+            if forward is not None:
+                forward(model, batch.raw)
+            else:
+                call_model(model, batch)
+
+        with torch.no_grad():
+            self._lanes.run(lane)
+
+    def remove_hooks(self) -> None:
+        """Leave no trace on the modules."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def never_met(self) -> list[LayerReport]:
+        """Records of the doors that no lane came to."""
+        return [
+            _left_alone(door, "the data never reached it")
+            for number, door in enumerate(self._plan.doors)
+            if number not in self._settled
+        ]
+
+    def _hook(self, numbers: list[int]) -> Callable[..., None]:
+        def meet(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for number in numbers:
+                if number not in self._settled:  # a second call of a shared module finds it done
+                    view = self._plan.doors[number].view
+                    x = view.input(args, kwargs) if view else (args[0] if args else kwargs["input"])
+                    self._lanes.meet(number, x)
+
+        return meet
+
+    def _choose(self, own: int | None) -> int | None:
+        """The first door, in the model's order, at which a lane of any process waits."""
+        doors = [door for door in self._processes.agree(lambda: own) if door is not None]
+        return min(doors, default=None)
+
+    def _settle(self, number: int, waiting: dict[int, Any]) -> None:
+        """Compute what is behind a door from everything that waits there."""
+        started = time.perf_counter()
+        door = self._plan.doors[number]
+        self._processes.together(lambda: self._check_entry(door, waiting))
+        with torch.autocast(door.device.type, enabled=False):
+            record = self._matrix(door, number, waiting) if door.view else self._statistics(door, waiting)
+        self.records.append(replace(record, seconds=time.perf_counter() - started))
+        self._settled.add(number)
+        if self._settings.progress is not None:
+            self._settings.progress(len(self._settled), len(self._plan.doors), door.name)
+
+    def _check_entry(self, door: Door, waiting: dict[int, Any]) -> None:
+        """The data itself is looked at whole, when a lane comes to its first door; later layers by the rows they read."""
+        for lane, x in waiting.items():
+            if lane not in self._entered:
+                self._entered.add(lane)
+                require_finite(door.name, x)
+
+    def _statistics(self, door: Door, waiting: dict[int, Tensor]) -> LayerReport:
+        """Give a normalisation layer the pooled statistics of its input, if that input is new."""
+        norm = door.module
+        if not (door.selected or any(record.action == "initialised" for record in self.records)):
+            return _left_alone(door, "its input did not change")
+
+        def local() -> Tensor:
+            none = torch.zeros(3, norm.num_features, dtype=torch.float64, device=door.device)
+            return sum((norm_sums(norm, x) for x in waiting.values()), none)
+
+        sums = self._processes.sum_(self._processes.together(local))
+        if not bool(sums.isfinite().all()):
+            raise SylinitError(not_finite(door.name))
+        self._snapshot.keep(norm.running_mean, norm.running_var)
+        write_statistics(norm, sums)
+        return LayerReport(door.name, door.kind, "recalibrated", rows=int(sums[0, 0]))
+
+    def _matrix(self, door: Door, number: int, waiting: dict[int, Any]) -> LayerReport:
+        """Compute one matrix: choose and code its rows, solve, write back."""
+        view = door.view
+        assert view is not None and door.code is not None
+        seed = (self._data.seed + 7919 * number) % 2**63
+        gathered = gather(
+            door.name,
+            view,
+            waiting,
+            self._targets(door),
+            lambda total: self._settings.budget(view.dim, door.code.needs, total),
+            torch.Generator().manual_seed(seed),
+            self._processes,
+            door.device,
+        )
+        code, note = _code_for(door, gathered)
+        problem = Problem(
+            door.name, code, view.units, self._settings.encoding_weight, self._settings.variance, seed + 1, self._head(door)
+        )
+        if code.needs == "rows" or gathered.used < view.dim:
+            rows, targets = gathered.rows(self._processes)
+            solution = self._processes.together(lambda: solve_layer_from_rows(rows, targets, problem))
+        else:
+            cov = gathered.covariance(self._processes)
+            solution = self._processes.together(lambda: solve_layer(cov, problem))
+        return self._write(door, solution, LayerReport(door.name, door.kind, "initialised", note, code=code.name, rows=gathered.used))
+
+    def _targets(self, door: Door) -> Targets | None:
+        """What the layer's code is to be told about each sample."""
+        if door.code is not None and door.code.values is not None:
+            return self._data.given(door.code.values)
+        if door.head and self._data.kind.classes:
+            return self._data.one_hot(max(2, door.view.units if door.view else 0))
+        return self._data.targets
+
+    def _head(self, door: Door) -> str:
+        if not door.head:
+            return ""
+        return "logits" if self._data.kind.categorical else "values"
+
+    def _write(self, door: Door, solution: Solution, record: LayerReport) -> LayerReport:
+        """Write a solution into the module; every process writes the numbers of the first."""
+        view = door.view
+        assert view is not None
+        alive = solution.alive
+        if not bool(alive.any()):
+            return replace(record, action="left alone", reason="its input is constant on the calibration data", code="")
+        weight, bias = solution.weight, solution.bias
+        if not bool(alive.all()):
+            kept = f"{int((~alive).sum())} of {view.groups} groups have a constant input and keep their weights"
+            record = replace(record, reason=kept)
+            old = view.bias()
+            weight = torch.where(alive.view(-1, 1, 1), weight, view.weight().to(weight))
+            bias = bias if old is None else torch.where(alive.view(-1, 1), bias, old.to(bias))
+        self._processes.broadcast_(weight := weight.contiguous())
+        self._processes.broadcast_(bias := bias.contiguous())
+        self._snapshot.before_writing(*view.parameters)
+        try:
+            view.write(weight, bias if view.has_bias else None)
+        except UnsupportedLayerError as error:
+            return replace(record, action="left alone", reason=str(error), code="")
+        return replace(
+            record,
+            shape=(view.groups, view.units, view.dim),
+            solver=solution.route,
+            rank=int(torch.linalg.matrix_rank(weight @ weight.mT, hermitian=True, rtol=1e-10).sum()),
+            residual=float(solution.residual),
+            encoding_error=float(solution.encoding_error),
+            decoding_error=float(solution.decoding_error),
+            dead_units=float(solution.dead.double().mean()),
+        )
+
+
+def default_rows(dim: int) -> int:
+    """Rows of input to read for a layer of ``dim`` inputs, where the user does not say."""
+    return max(4096, 8 * dim)
+
+
+def _code_for(door: Door, gathered: Gathered) -> tuple[Code, str]:
+    """The layer's code, or what it falls back to where its rows cannot be matched to samples."""
+    code = door.code
+    assert code is not None
+    if gathered.width or not code.labels:
+        return code, ""
+    if code.fallback is None:
+        raise SylinitError(
+            f"layer {door.name!r}: its rows cannot be matched to samples, so the code {code.name!r} has no labels here; "
+            "choose another for this layer, as in code={'pattern': 'pca'}"
+        )
+    return CODES[code.fallback], "its rows cannot be matched to samples, so no labels were used"
+
+
+def _left_alone(door: Door, reason: str) -> LayerReport:
+    return LayerReport(door.name, door.kind, "left alone", reason)
+
+
+def _check_arguments(encoding_weight: float, variance: float, rows: Rows) -> None:
+    if not 0 < encoding_weight < math.inf:
+        raise SylinitError(f"encoding_weight must be a positive finite number, got {encoding_weight}")
+    if not 0 < variance < math.inf:
+        raise SylinitError(f"variance must be a positive finite number, got {variance}")
+    if not (rows is None or rows == "all" or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 2)):
+        raise SylinitError(f"rows must be an integer of at least 2, 'all' or None, got {rows!r}")

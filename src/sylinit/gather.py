@@ -1,0 +1,159 @@
+"""What waits at a layer's door, as the layer's rows: which are read, with which targets, and their statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sylinit.errors import SylinitError
+from sylinit.moments import CHUNK, Covariance, Moments, sample_index
+from sylinit.processes import Processes
+from sylinit.targets import Targets
+from sylinit.views import View
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one lane brought: its input, the rows to read of it (None: all), and their targets."""
+
+    x: Any
+    index: Tensor | None
+    count: int
+    targets: Tensor | None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The rows of one layer, in all lanes of this process.
+
+    Attributes:
+        name: of the layer, for messages.
+        view: the layer as a matrix.
+        parts: by lane.
+        used: number of rows read in all processes.
+        width: length of the targets, 0 for none.
+        device: of the layer.
+    """
+
+    name: str
+    view: View
+    parts: tuple[Part, ...]
+    used: int
+    width: int
+    device: torch.device
+
+    def covariance(self, processes: Processes) -> Covariance:
+        """Stream the rows into moments, add those of the other processes, and centre."""
+
+        def local() -> Moments:
+            sums = Moments.zeros(self.view.groups, self.view.dim, self.width, self.device)
+            for part in self.parts:
+                for rows, piece in _pieces(self.view, part):
+                    sums.update(rows, None if part.targets is None else part.targets[piece])
+            return sums
+
+        cov = processes.together(local).reduce(processes.sum_).covariance()
+        if not bool(cov.xx.isfinite().all()):
+            raise SylinitError(not_finite(self.name))
+        return cov
+
+    def rows(self, processes: Processes) -> tuple[Tensor, Tensor]:
+        """The rows themselves ``[g, n, d]`` and their targets ``[n, c]``, of all processes."""
+
+        def local() -> tuple[Tensor, Tensor]:
+            rows = [self.view.rows(part.x, part.index).transpose(0, 1) for part in self.parts]
+            targets = [part.targets for part in self.parts if part.targets is not None]
+            x = torch.cat(rows) if rows else torch.zeros(0, self.view.groups, self.view.dim, device=self.device)
+            x = x if x.dtype == torch.float64 else x.float()
+            if not bool(x.isfinite().all()):
+                raise SylinitError(not_finite(self.name))
+            none = torch.zeros(len(x), self.width, dtype=torch.float64, device=self.device)
+            return x, torch.cat(targets) if targets else none
+
+        x, t = processes.together(local)
+        counts = processes.agree(lambda: len(x))
+        return processes.gather(x, counts).transpose(0, 1), processes.gather(t, counts)
+
+
+def gather(
+    name: str,
+    view: View,
+    waiting: Mapping[int, Any],
+    targets: Targets | None,
+    budget: Callable[[int], int | None],
+    generator: torch.Generator,
+    processes: Processes,
+    device: torch.device,
+) -> Gathered:
+    """Choose the rows to read of everything that waits at a door, the same rows however it is cut into batches.
+
+    Args:
+        name: of the layer.
+        view: the layer as a matrix.
+        waiting: the layer's input by lane.
+        targets: of this process's batches, or None.
+        budget: number of rows to read, from the number there is; None for all.
+        generator: the same in every process.
+        processes: the group.
+        device: of the layer.
+
+    Raises:
+        SylinitError: fewer than two rows in all.
+    """
+    shapes = {lane: view.positions(x) for lane, x in waiting.items()}
+    lengths = {lane: samples * math.prod(positions) for lane, (samples, positions) in shapes.items()}
+    counts = processes.agree(lambda: sum(lengths.values()))
+    total = sum(counts)
+    if total < 2:
+        raise SylinitError(
+            f"layer {name!r} has met {total} row of input; a layer is computed from at least 2: pass more samples"
+        )
+    index = sample_index(total, budget(total), generator)
+    start = sum(counts[: processes.rank])
+    parts = []
+    for lane, x in waiting.items():
+        mine = None
+        if index is not None:
+            mine = index[(index >= start) & (index < start + lengths[lane])] - start
+            mine = mine.to((x[0] if isinstance(x, tuple) else x).device)
+        t = None if targets is None else targets.of_rows(lane, *shapes[lane], mine)
+        parts.append(Part(x, mine, lengths[lane] if mine is None else len(mine), t))
+        start += lengths[lane]
+    # Where any lane's rows cannot be matched to samples, no lane of any process has targets.
+    matched = all(processes.agree(lambda: targets is not None and all(part.targets is not None for part in parts)))
+    if not matched:
+        parts = [Part(part.x, part.index, part.count, None) for part in parts]
+    width = targets.width if targets is not None and matched else 0
+    return Gathered(name, view, tuple(parts), total if index is None else len(index), width, device)
+
+
+def _pieces(view: View, part: Part) -> Iterator[tuple[Tensor, slice]]:
+    """A lane's rows in pieces of bounded size."""
+    step = max(1, 4 * CHUNK // (view.groups * view.dim))
+    if part.index is None and part.count <= step:
+        yield view.rows(part.x, None), slice(None)
+        return
+    for start in range(0, part.count, step):
+        piece = slice(start, min(start + step, part.count))
+        device = (part.x[0] if isinstance(part.x, tuple) else part.x).device
+        chosen = torch.arange(piece.start, piece.stop, device=device) if part.index is None else part.index[piece]
+        yield view.rows(part.x, chosen), piece
+
+
+def require_finite(name: str, x: Any) -> None:
+    """Raise a `SylinitError` naming the layer where its input holds NaN or Inf."""
+    if not all(bool(tensor.isfinite().all()) for tensor in (x if isinstance(x, tuple) else (x,))):
+        raise SylinitError(not_finite(name))
+
+
+def not_finite(name: str) -> str:
+    """The message for a layer that met NaN or Inf."""
+    return (
+        f"layer {name!r}: its input holds NaN or infinite numbers; clean the calibration data, or look for an overflow "
+        "in the layers before it"
+    )

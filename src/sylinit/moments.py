@@ -1,0 +1,146 @@
+"""The streamed second moment of a layer's rows, from which every linear latent code is computed.
+
+With ``z = [1, x, t]`` (a row of input and its target), everything that a linear code needs is
+``G = sum z z^T``. `Moments` holds the blocks of ``G`` as raw sums: they add, whatever the order, the batch size
+or the machine. `Covariance` is what remains after centring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22
+"""Numbers that are converted to float64 at once: 32 MiB, whatever the number of rows."""
+
+
+@dataclass
+class Moments:
+    """Raw sums over rows ``x`` (d numbers) and targets ``t`` (c numbers) for g groups; all float64.
+
+    Attributes:
+        count: number of rows seen, a float64 scalar tensor.
+        sum_x: ``[g, d]``, the sum of the rows.
+        sum_t: ``[c]``, the sum of the targets.
+        xx: ``[g, d, d]``, the sum of ``x x^T``.
+        xt: ``[g, d, c]``, the sum of ``x t^T``.
+        tt: ``[c, c]``, the sum of ``t t^T``.
+    """
+
+    count: Tensor
+    sum_x: Tensor
+    sum_t: Tensor
+    xx: Tensor
+    xt: Tensor
+    tt: Tensor
+
+    @classmethod
+    def zeros(
+        cls, groups: int, dim: int, targets: int = 0, device: torch.device | str | None = None
+    ) -> Moments:
+        """The moments of no rows: ``groups`` of ``dim`` inputs and ``targets`` numbers of target."""
+
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            count=zero(),
+            sum_x=zero(groups, dim),
+            sum_t=zero(targets),
+            xx=zero(groups, dim, dim),
+            xt=zero(groups, dim, targets),
+            tt=zero(targets, targets),
+        )
+
+    @torch.no_grad()
+    def update(self, rows: Tensor, targets: Tensor | None = None) -> Moments:
+        """Add rows ``[g, n, d]`` and their targets ``[n, c]``; products are formed and summed in float64.
+
+        Exact to float64 rounding however the rows are cut into calls.
+        """
+        _, count, dim = rows.shape
+        step = max(1, CHUNK // max(1, rows.shape[0] * dim))
+        for start in range(0, count, step):
+            x = rows[:, start : start + step].double()
+            t = x.new_zeros(x.shape[1], 0) if targets is None else targets[start : start + step].double()
+            self.count += x.shape[1]
+            self.sum_x += x.sum(1)
+            self.sum_t += t.sum(0)
+            self.xx.baddbmm_(x.mT, x)
+            self.tt.addmm_(t.T, t)
+            if t.shape[1]:
+                self.xt.baddbmm_(x.mT, t.expand(x.shape[0], *t.shape))
+        return self
+
+    @torch.no_grad()
+    def merge(self, other: Moments) -> Moments:
+        """Add the sums of ``other``: the moments of both sets of rows together."""
+        for field in fields(self):
+            getattr(self, field.name).add_(getattr(other, field.name))
+        return self
+
+    def reduce(self, all_reduce: Callable[[Tensor], None]) -> Moments:
+        """Sum over processes: ``all_reduce`` sums one flat tensor in place over all of them."""
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return self
+
+    def covariance(self) -> Covariance:
+        """Centre the sums and divide them by the count."""
+        count = self.count.clamp(min=1)
+        mean_x, mean_t = self.sum_x / count, self.sum_t / count
+        return Covariance(
+            dim=mean_x.shape[1],
+            mean_x=mean_x,
+            mean_t=mean_t,
+            xx=self.xx / count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1),
+            xt=self.xt / count - mean_x.unsqueeze(2) * mean_t,
+            tt=self.tt / count - torch.outer(mean_t, mean_t),
+        )
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Means and centred second moments, divided by the number of rows; float64.
+
+    Attributes:
+        dim: d, the number of coordinates of a row.
+        mean_x: ``[g, d]``.
+        mean_t: ``[c]``.
+        xx: ``[g, d, d]``, the covariance of the rows.
+        xt: ``[g, d, c]``, the covariance of rows with targets.
+        tt: ``[c, c]``, the covariance of the targets.
+    """
+
+    dim: int
+    mean_x: Tensor
+    mean_t: Tensor
+    xx: Tensor
+    xt: Tensor
+    tt: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean variance of a coordinate of ``x``, ``tr(xx) / d``, shape ``[g]``: the square of ``x``'s RMS."""
+        return self.xx.diagonal(dim1=1, dim2=2).sum(1) / self.dim
+
+
+def sample_index(total: int, budget: int | None, generator: torch.Generator) -> Tensor | None:
+    """Choose ``budget`` of ``total`` rows, spread evenly: one uniform draw from each of ``budget`` equal strata.
+
+    The rows of all batches are numbered through, so the choice depends on their order, not on the batch size.
+
+    Returns:
+        Increasing int64 row numbers on the CPU, or None where all rows are to be read.
+    """
+    if budget is None or total <= budget:
+        return None
+    start = torch.arange(budget, dtype=torch.float64)
+    draw = torch.rand(budget, dtype=torch.float64, generator=generator)
+    return ((start + draw) * (total / budget)).long().clamp_(max=total - 1)

@@ -1,0 +1,252 @@
+"""The doors of a pass: which matrices and statistics are to be computed, with which code, and what is left alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylinit.calibrate import keeps_statistics
+from sylinit.codes import CODES, Code, as_code, select_target
+from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
+from sylinit.report import LayerReport
+from sylinit.select import matches, require_match, selector
+from sylinit.targets import TargetKind
+from sylinit.views import View, views_of
+
+
+@dataclass(frozen=True)
+class Door:
+    """One thing to compute when the data reaches it.
+
+    Attributes:
+        name: of the layer.
+        module: where its input is met.
+        view: the matrix to compute, or None for the statistics of a normalisation layer.
+        code: the latent code of a matrix.
+        head: whether its outputs are the logits or predictions.
+        selected: whether the user's ``layers=`` names it.
+    """
+
+    name: str
+    module: nn.Module
+    view: View | None = None
+    code: Code | None = None
+    head: bool = False
+    selected: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The type of the module."""
+        return self.view.kind if self.view else type(self.module).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+
+HEAD = Code("head", select_target, "moments", labels=True)
+"""The code of a head: the targets themselves."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Doors in the model's order, the layers left alone, and what a user should know."""
+
+    doors: tuple[Door, ...]
+    left_alone: tuple[LayerReport, ...]
+    notes: tuple[str, ...]
+
+
+def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: TargetKind) -> Plan:
+    """Find every layer, decide what happens to it, and refuse what cannot be done.
+
+    Raises:
+        SylinitError: an unknown layer or code, a frozen, meta-device or quantised layer among those selected, a code that
+            needs labels without labels, a label out of range, or nothing to initialise.
+    """
+    views, norms, left = _find(model)
+    modules = dict(model.named_modules())
+    names = [name for name in (*modules, *(view.name for view in views)) if name]
+    chosen = selector(layers, names)
+    code_of = _codes(code, names)
+    head_view, notes = _head(views, head, kind, names, chosen)
+
+    doors: list[Door] = []
+    owners: dict[int, str] = {}
+    for view in views:
+        if not chosen(view.name, view.module):
+            left.append(_left(view.name, view.kind, "not selected by layers="))
+            continue
+        owner = next((owners[id(p)] for p in view.parameters if id(p) in owners), None)
+        if owner is not None and not _slices_of_one(view, owner):
+            left.append(_left(view.name, view.kind, f"its weight is tied to that of {owner!r}"))
+            continue
+        _require_writable(view)
+        owners.update({id(parameter): view.name for parameter in view.parameters})
+        is_head = view is head_view
+        its_code = HEAD if is_head else _with_targets(code_of(view.name), view.name, kind)
+        doors.append(Door(view.name, view.module, view, its_code, is_head))
+    _refuse_selected(left, modules, chosen, explicit=layers is not None)
+    if not doors:
+        reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
+        raise SylinitError(f"the model has no layer to initialise{': ' + reasons if reasons else ''}")
+    doors += [Door(name, module, selected=chosen(name, module)) for name, module in norms]
+    order = {id(module): place for place, module in enumerate(modules.values())}
+    doors.sort(key=lambda door: order[id(door.module)])
+    fallbacks = {door.code.name for door in doors if door.code and not kind.present and not isinstance(code, Mapping)}
+    asked = as_code(code).name if isinstance(code, str) else None
+    if asked and not kind.present and fallbacks and asked not in fallbacks:
+        notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(fallbacks))!r}")
+    return Plan(tuple(doors), tuple(left), tuple(notes))
+
+
+def _find(model: nn.Module) -> tuple[list[View], list[tuple[str, nn.Module]], list[LayerReport]]:
+    """Every matrix, every normalisation layer with statistics, and every other module with parameters of its own."""
+    views: list[View] = []
+    norms: list[tuple[str, nn.Module]] = []
+    left: list[LayerReport] = []
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split(".") or any(view.name == name for view in views):
+            continue
+        parametrized = hasattr(module, "parametrizations")
+        own = [key for key, value in module._parameters.items() if value is not None]
+        if keeps_statistics(module):
+            norms.append((name, module))
+        elif "norm" in type(module).__name__.lower():
+            if own:
+                left.append(_left(name, type(module).__name__, "normalisation without running statistics"))
+        elif own or parametrized or isinstance(module, nn.MultiheadAttention) or _quantised(module):
+            try:
+                views += views_of(module, name)
+            except UnsupportedLayerError as error:
+                left.append(_left(name or "(the model itself)", type(module).__name__, str(error)))
+    return views, norms, left
+
+
+def _codes(code: Any, names: list[str]) -> Any:
+    """A function from a layer's name to its latent code."""
+    if not isinstance(code, Mapping):
+        one = as_code(code)
+        return lambda name: one
+    for pattern in code:
+        require_match(pattern, names, "code")
+    table = [(pattern, as_code(value)) for pattern, value in code.items()]
+    return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
+
+
+def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:
+    """The code itself, or what it falls back to where there are no targets."""
+    if not code.labels or kind.present or code.values is not None:
+        return code
+    if code.fallback is not None:
+        return CODES[code.fallback]
+    raise SylinitError(
+        f"layer {name!r}: the code {code.name!r} needs labels and the batches have none; pass batches of (x, y), "
+        "or a code without labels such as code='pca'"
+    )
+
+
+def _head(
+    views: list[View], head: str | None, kind: TargetKind, names: list[str], chosen: Any
+) -> tuple[View | None, list[str]]:
+    """The view whose outputs are predictions, and notes about the choice."""
+    if head is None or not kind.present or not views:
+        if head not in (None, "auto"):
+            require_match(head or "", names, "head")
+        return None, []
+    width = kind.classes or kind.width
+    if head != "auto":
+        require_match(head, names, "head")
+        found = [view for view in views if view.name == head] or [view for view in views if matches(head, view.name)]
+        if not found:
+            raise SylinitError(f"head={head!r} is no layer that sylinit can initialise")
+        _require_width(found[-1], kind, "head")
+        return found[-1], []
+    fits = [view for view in views if _outputs(view) == width or (width == 2 and kind.classes and _outputs(view) == 1)]
+    if fits:
+        return fits[-1], []
+    last = views[-1]
+    if kind.classes:
+        _require_width(last, kind, "auto")
+    if not chosen(last.name, last.module):
+        return None, []
+    unit = "classes" if kind.classes else "target values"
+    note = (
+        f"no layer has {width} outputs for the {width} {unit}, so none was taken for the head; "
+        f"if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
+    )
+    warnings.warn(note, SylinitWarning, stacklevel=4)
+    return None, [note]
+
+
+def _require_width(view: View, kind: TargetKind, head: str) -> None:
+    outputs = _outputs(view)
+    if kind.classes > outputs and not (kind.classes == 2 and outputs == 1):
+        raise SylinitError(
+            f"labels out of range: there is a label {kind.classes - 1}, but layer {view.name!r} has {outputs} outputs; "
+            f"labels must lie in 0 to {outputs - 1}"
+            + (", or pass head=None if this layer is not the head" if head == "auto" else "")
+        )
+    if kind.width and kind.width != outputs:
+        raise SylinitError(f"head: the target has {kind.width} values a sample, layer {view.name!r} has {outputs} outputs")
+
+
+def _outputs(view: View) -> int:
+    return view.groups * view.units
+
+
+def _slices_of_one(view: View, owner: str) -> bool:
+    """Whether view and owner are slices of one packed parameter of the same module, not the same matrix twice."""
+    return view.name.rpartition(".")[0] == owner.rpartition(".")[0] and ".in_proj." in f".{view.name}"
+
+
+def _require_writable(view: View) -> None:
+    for parameter in view.parameters:
+        if parameter.is_meta:
+            raise SylinitError(
+                f"layer {view.name!r} is on the meta device and has no numbers; materialise the model first, "
+                "for example with model.to_empty(device=...) or by loading its weights"
+            )
+        if not parameter.requires_grad:
+            raise SylinitError(
+                f"layer {view.name!r} is frozen (requires_grad=False); unfreeze it, or leave it out, for example with "
+                "layers=lambda name, module: all(p.requires_grad for p in module.parameters())"
+            )
+
+
+def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any, *, explicit: bool) -> None:
+    """A quantised layer is an error wherever it is selected, and so is a lazy one: silence would mislead."""
+    for layer in left:
+        module = modules.get(layer.name)
+        if module is None or layer.reason.startswith("not selected") or not chosen(layer.name, module):
+            continue
+        if _quantised(module):
+            raise SylinitError(
+                f"layer {layer.name!r} ({layer.kind}) is quantised to integers: {layer.reason}; initialise the model before "
+                "quantising it, or leave this layer out with layers="
+            )
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+            raise SylinitError(f"layer {layer.name!r} ({layer.kind}): {layer.reason}")
+
+
+def _quantised(module: nn.Module) -> bool:
+    if "quantized" in type(module).__module__:
+        return True
+    tensors = [*module._parameters.values()]
+    return any(
+        t is not None
+        and not isinstance(t, nn.parameter.UninitializedParameter)
+        and not (t.is_floating_point() or t.is_complex())
+        and t.dtype != torch.bool
+        for t in tensors
+    )
+
+
+def _left(name: str, kind: str, reason: str) -> LayerReport:
+    return LayerReport(name=name, kind=kind, action="left alone", reason=reason)

@@ -1,0 +1,178 @@
+"""What was done to each layer, as frozen records that print, save and plot themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Action = Literal["initialised", "recalibrated", "left alone"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, or one matrix of a layer that holds several.
+
+    Attributes:
+        name: dotted name in the model.
+        kind: type of the module.
+        action: what was done.
+        reason: why it was left alone, or what else there is to say.
+        shape: ``(groups, units, dim)`` of its weight as matrices.
+        code: name of the latent code; "head" for the last layer of a classifier or regressor.
+        rows: number of rows of input that were read.
+        solver: "exact", "row-space" or "projected".
+        rank: numerical rank of the weight, summed over groups.
+        residual: ``||A W + W B - C|| / ||C||``.
+        encoding_error: ``||W X - S||^2 / ||S||^2``.
+        decoding_error: ``||X - W^T S||^2 / ||X||^2``.
+        dead_units: share of units that are zero.
+        seconds: time spent on this layer.
+    """
+
+    name: str
+    kind: str
+    action: Action
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+    code: str = ""
+    rows: int = 0
+    solver: str = ""
+    rank: int | None = None
+    residual: float | None = None
+    encoding_error: float | None = None
+    decoding_error: float | None = None
+    dead_units: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `initialize_` did.
+
+    Attributes:
+        layers: in the order in which the data met them; those left alone last, in the model's order.
+        samples: number of calibration samples.
+        seconds: wall time of the whole call.
+        solve_seconds: the part of it spent on layers rather than on running the model.
+        notes: anything about the whole model that a user should know.
+    """
+
+    layers: tuple[LayerReport, ...]
+    samples: int
+    seconds: float
+    solve_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def initialised(self) -> tuple[LayerReport, ...]:
+        """The layers whose weights were computed."""
+        return tuple(layer for layer in self.layers if layer.action == "initialised")
+
+    @property
+    def left_alone(self) -> tuple[LayerReport, ...]:
+        """The layers whose weights were left as they were, each with its reason."""
+        return tuple(layer for layer in self.layers if layer.action == "left alone")
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The record of one layer by name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}")
+
+    def __str__(self) -> str:
+        """A table for a terminal, one line a layer."""
+        head = ("layer", "kind", "shape", "code", "rows", "rank", "residual", "encode", "decode", "dead", "seconds")
+        done = [layer for layer in self.layers if layer.action == "initialised"]
+        lines = _table([head, *(_cells(layer) for layer in done)]) if done else ["no layer was initialised"]
+        others: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            if layer.action != "initialised":
+                others.setdefault((layer.action, layer.reason), []).append(layer.name)
+        for (action, reason), names in others.items():
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            lines.append(f"{action}: {shown}" + (f" ({reason})" if reason else ""))
+        lines += [f"note: {layer.name}: {layer.reason}" for layer in done if layer.reason]
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(
+            f"{len(done)} matrices from {self.samples} samples in {self.seconds:.2f} s "
+            f"({self.solve_seconds:.2f} s of it on layers, the rest running the model)"
+        )
+        return "\n".join(lines)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text; also written to ``path`` if one is given."""
+        text = json.dumps(asdict(self), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw encoding and decoding error and residual of each layer; needs ``sylinit[plot]``.
+
+        Args:
+            path: where to save the picture; its suffix gives the format.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from matplotlib.figure import Figure
+
+        done = self.initialised
+        place = range(len(done))
+        figure = Figure(figsize=(7, 1.2 + 0.28 * max(1, len(done))), layout="constrained")
+        errors, residuals = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
+        for values, label, colour, marker in (
+            ([layer.encoding_error for layer in done], "encoding", "#0072B2", "o"),
+            ([layer.decoding_error for layer in done], "decoding", "#D55E00", "s"),
+        ):
+            errors.plot(values, place, marker, color=colour, label=label)
+        errors.set(xlabel="error / energy of what is to be matched", ylim=(len(done) - 0.5, -0.5))
+        errors.set_yticks(list(place), [f"{layer.name}  [{layer.code}]" for layer in done])
+        errors.set_xlim(left=0)
+        errors.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        errors.margins(y=0.1)
+        residuals.plot([max(layer.residual or 0.0, 1e-18) for layer in done], place, "D", color="#444444", ms=4)
+        residuals.set(xlabel="residual of the solve", xscale="log")
+        for axes in (errors, residuals):
+            axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    groups, units, dim = layer.shape
+    return (
+        layer.name,
+        layer.kind,
+        f"{units}x{dim}" if groups == 1 else f"{groups}x{units}x{dim}",
+        layer.code,
+        str(layer.rows),
+        number(layer.rank, "d"),
+        number(layer.residual, ".0e"),
+        number(layer.encoding_error, ".2f"),
+        number(layer.decoding_error, ".2f"),
+        number(layer.dead_units, ".0%"),
+        f"{layer.seconds:.3f}",
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Left-aligned text columns, right-aligned numbers."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = 4
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < text else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:], ""]

@@ -1,0 +1,81 @@
+"""Everything that a pass may disturb, put back bit for bit."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Snapshot:
+    """The state of a model and of the random number generators before a pass.
+
+    Buffers are copied at once; they are small. A parameter is copied when it is first to be written (`before_writing`).
+
+    Args:
+        model: the model.
+        generator: the caller's generator, if any.
+    """
+
+    def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._parameters: dict[int, tuple[Tensor, Tensor]] = {}
+        self._generator = generator
+        self._generator_state = None if generator is None else generator.get_state()
+        self._random = _random_states()
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        self._kept: set[int] = set()
+
+    def before_writing(self, *parameters: Tensor) -> None:
+        """Copy parameters that are about to change, once each."""
+        for parameter in parameters:
+            if id(parameter) not in self._parameters:
+                self._parameters[id(parameter)] = (parameter, parameter.detach().clone())
+
+    def keep(self, *buffers: Tensor) -> None:
+        """Buffers whose new values are results, to stay when the pass succeeds."""
+        self._kept.update(map(id, buffers))
+
+    @torch.no_grad()
+    def restore(self, *, succeeded: bool) -> None:
+        """Put everything back: all of it after a failure; after success all but the results."""
+        for module, training in self._modes:
+            module.training = training
+        for module, name, buffer, before in self._buffers:
+            module._buffers[name] = buffer
+            if not (succeeded and id(buffer) in self._kept):
+                buffer.copy_(before)
+        if not succeeded:
+            for parameter, before in self._parameters.values():
+                parameter.copy_(before)
+            if self._generator is not None and self._generator_state is not None:
+                self._generator.set_state(self._generator_state)
+        _set_random_states(self._random)
+        torch.backends.mha.set_fastpath_enabled(self._fast_path)
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
