@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,7 +46,7 @@ def test_the_cut_and_the_order_do_not_matter(seed, cuts, shuffle):
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed)) if shuffle else torch.arange(60)
     pieces = Moments.zeros(2, 5, 3)
     edges = [0, *sorted(cuts), 60]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         pieces.update(rows[:, order[start:stop]], targets[order[start:stop]])
     assert same(whole, pieces)
 
@@ -90,7 +92,8 @@ def test_sampled_rows_are_spread_over_all(total, budget, seed):
         return
     assert len(index) == budget
     assert bool((index.diff() >= 0).all())
-    assert 0 <= int(index[0]) and int(index[-1]) < total
+    assert int(index[0]) >= 0
+    assert int(index[-1]) < total
     # One row from each of `budget` equal strata: no gap is wider than two strata.
     assert int(index.diff().max()) <= 2 * total / budget + 1
 

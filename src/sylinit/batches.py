@@ -78,8 +78,8 @@ def _read(batch: Any, number: int, device: torch.device, dtype: torch.dtype | No
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 0]
     if not inputs and not custom:
         raise SylinitError(
-            f"batches: batch {number} holds no tensor of input (it is {_describe(batch)}); expected x, (x, y) or a mapping, "
-            "or pass forward=lambda model, batch: ..."
+            f"batches: batch {number} holds no tensor of input (it is {_describe(batch)}); "
+            "expected x, (x, y) or a mapping, or pass forward=lambda model, batch: ..."
         )
     samples = inputs[0].shape[0] if inputs else 0
     if inputs and samples == 0:
@@ -103,7 +103,9 @@ def _agree(batches: list[Batch]) -> None:
     first = batches[0]
     for number, batch in enumerate(batches):
         if (batch.target is None) != (first.target is None):
-            raise SylinitError(f"batches: batch {0 if first.target is None else number} has no target while others have one")
+            raise SylinitError(
+                f"batches: batch {0 if first.target is None else number} has no target while others have one"
+            )
         if len(batch.args) != len(first.args) or batch.kwargs.keys() != first.kwargs.keys():
             raise SylinitError(f"batches: batch {number} has other inputs than batch 0")
         pairs = zip((*batch.args, *batch.kwargs.values()), (*first.args, *first.kwargs.values()), strict=True)
@@ -114,15 +116,17 @@ def _agree(batches: list[Batch]) -> None:
             different_channels = mine.ndim >= 4 and mine.shape[1] != other.shape[1]
             if mine.ndim != other.ndim or different_width or different_channels:
                 raise SylinitError(
-                    f"batches: batch {number} has input of shape {list(mine.shape)}, batch 0 of shape {list(other.shape)}; "
-                    "all batches must have the same width"
+                    f"batches: batch {number} has input of shape {list(mine.shape)}, batch 0 of shape "
+                    f"{list(other.shape)}; all batches must have the same width"
                 )
         mine_t, first_t = batch.target, first.target
-        if mine_t is not None and first_t is not None:
-            if mine_t.is_floating_point() != first_t.is_floating_point() or mine_t.ndim != first_t.ndim:
-                raise SylinitError(
-                    f"batches: the target of batch {number} is {_describe(mine_t)}, that of batch 0 {_describe(first_t)}"
-                )
+        if mine_t is None or first_t is None:
+            continue
+        if mine_t.is_floating_point() != first_t.is_floating_point() or mine_t.shape[1:] != first_t.shape[1:]:
+            raise SylinitError(
+                f"batches: the target of batch {number} is {_describe(mine_t)}, that of batch 0 {_describe(first_t)}; "
+                "all targets must be of one kind"
+            )
 
 
 def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

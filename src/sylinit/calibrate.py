@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def calibrate_units(weight: Tensor, cov: Covariance, variance: float) -> Calibra
 
 
 def calibrate_logits(weight: Tensor, cov: Covariance, deviation: float = LOGIT_DEVIATION) -> Calibrated:
-    """Keep the head's direction: one scale for all logits, so that their root mean square, centred, is ``deviation``."""
+    """Keep the head's direction: one scale for all logits, so that their centred root mean square is ``deviation``."""
     spread = output_variance(weight, cov)
     scale = deviation / spread.mean().clamp(min=torch.finfo(weight.dtype).tiny).sqrt()
     return Calibrated(weight * scale, torch.zeros_like(spread), spread <= 0)
@@ -71,7 +72,7 @@ def keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None
 
 
-def norm_sums(module: nn.Module, x: Tensor) -> Tensor:
+def norm_sums(module: Any, x: Tensor) -> Tensor:
     """``[3, channels]`` float64: count, sum and sum of squares of each channel, over samples and positions."""
     channels = module.num_features
     dims = next((dims for dims in (1, 2, 3) if type(module).__name__.endswith(f"{dims}d")), 0)
@@ -81,7 +82,7 @@ def norm_sums(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_statistics(module: nn.Module, sums: Tensor) -> None:
+def write_statistics(module: Any, sums: Tensor) -> None:
     """Set the running mean and (unbiased) variance of a normalisation layer to those of the pooled sums."""
     count, total, squares = sums
     mean = total / count

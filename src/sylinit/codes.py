@@ -101,7 +101,9 @@ def register_code(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in CODES:
-            raise SylinitError(f"register_code: the name {name!r} is taken; choose another, or delete CODES[{name!r}] first")
+            raise SylinitError(
+                f"register_code: the name {name!r} is taken; choose another, or delete CODES[{name!r}] first"
+            )
         CODES[name] = Code(name, function, needs, labels, fallback)
         return function
 
@@ -129,7 +131,8 @@ def as_code(code: Any) -> Code:
     if callable(code):
         return Code(getattr(code, "__name__", type(code).__name__), code)
     raise SylinitError(
-        f"code= takes a name, a sylinit.Code, a callable, a scikit-learn transformer or a tensor; got {type(code).__name__}"
+        f"code= takes a name, a sylinit.Code, a callable, a scikit-learn transformer or a tensor; "
+        f"got {type(code).__name__}"
     )
 
 
@@ -151,17 +154,25 @@ def whitening(variances: Tensor) -> Tensor:
     return torch.where(variances > 0, variances.clamp(min=torch.finfo(variances.dtype).tiny).rsqrt(), 0)
 
 
-def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows ``[g, k, r]``: unit ``rank[g, k]`` is that principal axis; past the last, a random mixture of white axes."""
-    _, dim = axes.variances.shape
+def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, white: bool = False) -> Tensor:
+    """Rows ``[g, k, r]``: unit ``rank[g, k]`` is that principal axis, past the last one a random mixture of white axes.
+
+    Args:
+        axes: the layer's statistics.
+        rank: which component each unit is to be.
+        generator: for the mixtures.
+        white: scale every unit to variance one; else an axis keeps its variance, and a mixture gets the largest.
+    """
+    dim = axes.variances.shape[1]
     alive = (axes.variances > 0).sum(1, keepdim=True)
-    one = torch.nn.functional.one_hot(rank.clamp(max=dim - 1), dim).to(axes.variances)
-    extra = int(rank.max()) + 1
-    mixed = orthogonal_rows(extra, dim, generator, axes.variances)
-    white = mixed[rank] * whitening(axes.variances).unsqueeze(1)
-    # A mixture of k white axes has k times the energy of one: bring it to the scale of the leading axis.
-    white = white * axes.variances[:, :1, None].sqrt()
-    return torch.where((rank < alive).unsqueeze(2), one, white)
+    whiten = whitening(axes.variances).unsqueeze(1)
+    component = torch.nn.functional.one_hot(rank.clamp(max=dim - 1), dim).to(axes.variances)
+    mixture = orthogonal_rows(int(rank.max()) + 1, dim, generator, axes.variances)[rank] * whiten
+    if white:
+        component = component * whiten
+    else:
+        mixture = mixture * axes.variances[:, :1, None].sqrt()
+    return torch.where((rank < alive).unsqueeze(2), component, mixture)
 
 
 @register_code("pca", needs="moments")
@@ -205,7 +216,7 @@ def mixed(label_share: float = 0.25) -> Code:
         running = (torch.arange(groups * units + 1, dtype=torch.float64) * label_share + 1e-9).floor()
         is_label = (running[1:] > running[:-1]).view(groups, units).to(axes.variances.device)
         rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
-        on_x = principal_units(axes, rank, generator) * whitening(axes.variances).unsqueeze(1)
+        on_x = principal_units(axes, rank, generator, white=True)
         on_x = on_x.masked_fill(is_label.unsqueeze(2), 0)
         on_t = on_x.new_zeros(groups, units, axes.tt.shape[0])
         on_t[is_label] = target_units(axes, int(running[-1]), generator)
@@ -355,7 +366,7 @@ def nmf(x: Tensor, units: int, generator: torch.Generator) -> Tensor:
 
 
 def transformer(estimator: Any) -> Code:
-    """A scikit-learn transformer as a code: cloned, given ``n_components`` (or clusters) and a seed, fitted per layer."""
+    """A scikit-learn transformer as a code: a clone, given its size and a seed, is fitted on each layer's rows."""
 
     def function(x: Tensor, target: Tensor | None, units: int, generator: torch.Generator) -> Tensor:
         from sklearn.base import clone

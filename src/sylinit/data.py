@@ -44,7 +44,9 @@ class Data:
     def given(self, values: Tensor) -> Targets:
         """A code given as numbers, one row for each sample of all processes in order, in the place of targets."""
         if len(values) != self.samples:
-            raise SylinitError(f"code= as a tensor has {len(values)} rows, there are {self.samples} calibration samples")
+            raise SylinitError(
+                f"code= as a tensor has {len(values)} rows, there are {self.samples} calibration samples"
+            )
         sizes = [batch.samples for batch in self.batches]
         mine = values[self.before : self.before + sum(sizes)].double()
         device = next((t.device for t in _tensors(self.batches[0])), values.device)
@@ -85,7 +87,7 @@ def read_data(model: nn.Module, batches: Any, processes: Processes, seed: int, *
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call the model as its batch is: positional inputs or a mapping, with ``labels`` only where the model takes them."""
+    """Call the model as its batch is: positional inputs or a mapping, ``labels`` only where the model takes them."""
     parameters = inspect.signature(model.forward).parameters
     takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     kwargs = batch.kwargs if takes_labels else {key: v for key, v in batch.kwargs.items() if key != "labels"}

@@ -201,7 +201,7 @@ class _Pass:
             self._settings.progress(len(self._settled), len(self._plan.doors), door.name)
 
     def _check_entry(self, door: Door, waiting: dict[int, Any]) -> None:
-        """The data itself is looked at whole, when a lane comes to its first door; later layers by the rows they read."""
+        """Look at all of the data when a lane comes to its first door; later layers are checked by the rows read."""
         for lane, x in waiting.items():
             if lane not in self._entered:
                 self._entered.add(lane)
@@ -209,7 +209,7 @@ class _Pass:
 
     def _statistics(self, door: Door, waiting: dict[int, Tensor]) -> LayerReport:
         """Give a normalisation layer the pooled statistics of its input, if that input is new."""
-        norm = door.module
+        norm: Any = door.module
         if not (door.selected or any(record.action == "initialised" for record in self.records)):
             return _left_alone(door, "its input did not change")
 
@@ -227,21 +227,29 @@ class _Pass:
     def _matrix(self, door: Door, number: int, waiting: dict[int, Any]) -> LayerReport:
         """Compute one matrix: choose and code its rows, solve, write back."""
         view = door.view
-        assert view is not None and door.code is not None
+        assert view is not None
+        assert door.code is not None
+        needs = door.code.needs
         seed = (self._data.seed + 7919 * number) % 2**63
         gathered = gather(
             door.name,
             view,
             waiting,
             self._targets(door),
-            lambda total: self._settings.budget(view.dim, door.code.needs, total),
+            lambda total: self._settings.budget(view.dim, needs, total),
             torch.Generator().manual_seed(seed),
             self._processes,
             door.device,
         )
         code, note = _code_for(door, gathered)
         problem = Problem(
-            door.name, code, view.units, self._settings.encoding_weight, self._settings.variance, seed + 1, self._head(door)
+            door.name,
+            code,
+            view.units,
+            self._settings.encoding_weight,
+            self._settings.variance,
+            seed + 1,
+            self._head(door),
         )
         if code.needs == "rows" or gathered.used < view.dim:
             rows, targets = gathered.rows(self._processes)
@@ -249,7 +257,11 @@ class _Pass:
         else:
             cov = gathered.covariance(self._processes)
             solution = self._processes.together(lambda: solve_layer(cov, problem))
-        return self._write(door, solution, LayerReport(door.name, door.kind, "initialised", note, code=code.name, rows=gathered.used))
+        return self._write(
+            door,
+            solution,
+            LayerReport(door.name, door.kind, "initialised", note, code=code.name, rows=gathered.used),
+        )
 
     def _targets(self, door: Door) -> Targets | None:
         """What the layer's code is to be told about each sample."""
@@ -310,8 +322,8 @@ def _code_for(door: Door, gathered: Gathered) -> tuple[Code, str]:
         return code, ""
     if code.fallback is None:
         raise SylinitError(
-            f"layer {door.name!r}: its rows cannot be matched to samples, so the code {code.name!r} has no labels here; "
-            "choose another for this layer, as in code={'pattern': 'pca'}"
+            f"layer {door.name!r}: its rows cannot be matched to samples, so the code {code.name!r} has no "
+            "labels here; choose another for this layer, as in code={'pattern': 'pca'}"
         )
     return CODES[code.fallback], "its rows cannot be matched to samples, so no labels were used"
 

@@ -121,7 +121,7 @@ def gather(
         if index is not None:
             mine = index[(index >= start) & (index < start + lengths[lane])] - start
             mine = mine.to((x[0] if isinstance(x, tuple) else x).device)
-        t = None if targets is None else targets.of_rows(lane, *shapes[lane], mine)
+        t = None if targets is None else targets.of_rows(lane, shapes[lane], mine)
         parts.append(Part(x, mine, lengths[lane] if mine is None else len(mine), t))
         start += lengths[lane]
     # Where any lane's rows cannot be matched to samples, no lane of any process has targets.

@@ -24,7 +24,8 @@ Settle = Callable[[int, dict[int, Any]], None]
 """Called with a door and what waits at it, by lane; it initialises the layer."""
 
 Choose = Callable[[int | None], int | None]
-"""Called with the door that this process would settle next (None: it has ended), it returns the door that all settle."""
+"""Called with the door that this process would settle next (None: it has ended), it returns the
+door that all settle."""
 
 
 class Stopped(BaseException):

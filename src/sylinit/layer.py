@@ -69,9 +69,7 @@ class Solution:
 def solve_layer(cov: Covariance, problem: Problem) -> Solution:
     """Covariance -> principal axes -> latent code -> Sylvester equation -> calibrated weight."""
     axes = principal_axes(cov)
-    raw, residual, encoding_error, decoding_error = solve_code(
-        cov, axes, _code(problem, axes), problem.encoding_weight
-    )
+    raw, residual, encoding_error, decoding_error = solve_code(cov, axes, _code(problem, axes), problem.encoding_weight)
     done = _calibrate(raw, cov, problem)
     return Solution(
         weight=done.weight,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,7 @@ class Moments:
     tt: Tensor
 
     @classmethod
-    def zeros(
-        cls, groups: int, dim: int, targets: int = 0, device: torch.device | str | None = None
-    ) -> Moments:
+    def zeros(cls, groups: int, dim: int, targets: int = 0, device: torch.device | str | None = None) -> Moments:
         """The moments of no rows: ``groups`` of ``dim`` inputs and ``targets`` numbers of target."""
 
         def zero(*shape: int) -> Tensor:
@@ -82,7 +81,7 @@ class Moments:
             getattr(self, field.name).add_(getattr(other, field.name))
         return self
 
-    def reduce(self, all_reduce: Callable[[Tensor], None]) -> Moments:
+    def reduce(self, all_reduce: Callable[[Tensor], Any]) -> Moments:
         """Sum over processes: ``all_reduce`` sums one flat tensor in place over all of them."""
         tensors = [getattr(self, field.name) for field in fields(self)]
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

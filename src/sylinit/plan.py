@@ -67,8 +67,8 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
     """Find every layer, decide what happens to it, and refuse what cannot be done.
 
     Raises:
-        SylinitError: an unknown layer or code, a frozen, meta-device or quantised layer among those selected, a code that
-            needs labels without labels, a label out of range, or nothing to initialise.
+        SylinitError: an unknown layer or code, a frozen, meta-device or quantised layer among those selected, a code
+            that needs labels without labels, a label out of range, or nothing to initialise.
     """
     views, norms, left = _find(model)
     modules = dict(model.named_modules())
@@ -194,7 +194,9 @@ def _require_width(view: View, kind: TargetKind, head: str) -> None:
             + (", or pass head=None if this layer is not the head" if head == "auto" else "")
         )
     if kind.width and kind.width != outputs:
-        raise SylinitError(f"head: the target has {kind.width} values a sample, layer {view.name!r} has {outputs} outputs")
+        raise SylinitError(
+            f"head: the target has {kind.width} values a sample, layer {view.name!r} has {outputs} outputs"
+        )
 
 
 def _outputs(view: View) -> int:
@@ -228,8 +230,8 @@ def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], cho
             continue
         if _quantised(module):
             raise SylinitError(
-                f"layer {layer.name!r} ({layer.kind}) is quantised to integers: {layer.reason}; initialise the model before "
-                "quantising it, or leave this layer out with layers="
+                f"layer {layer.name!r} ({layer.kind}) is quantised to integers: {layer.reason}; initialise the model "
+                "before quantising it, or leave this layer out with layers="
             )
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
             raise SylinitError(f"layer {layer.name!r} ({layer.kind}): {layer.reason}")

@@ -85,7 +85,19 @@ class Report:
 
     def __str__(self) -> str:
         """A table for a terminal, one line a layer."""
-        head = ("layer", "kind", "shape", "code", "rows", "rank", "residual", "encode", "decode", "dead", "seconds")
+        head = (
+            "layer",
+            "kind",
+            "shape",
+            "code",
+            "rows",
+            "rank",
+            "residual",
+            "encode",
+            "decode",
+            "dead",
+            "seconds",
+        )
         done = [layer for layer in self.layers if layer.action == "initialised"]
         lines = _table([head, *(_cells(layer) for layer in done)]) if done else ["no layer was initialised"]
         others: dict[tuple[str, str], list[str]] = {}

@@ -19,7 +19,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def selector(layers: Any, names: Sequence[str], argument: str = "layers") -> Callable[[str, nn.Module], bool]:
-    """Read ``layers=``: None (all), a pattern, a module type, a predicate ``(name, module) -> bool``, or several of them.
+    """Read ``layers=``: None (all), a pattern, a module type, a predicate ``(name, module) -> bool``, or a list.
 
     Args:
         layers: what the user passed.

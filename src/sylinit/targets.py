@@ -59,9 +59,9 @@ class Targets:
         """c, the length of a target vector."""
         return self.mean.shape[0]
 
-    def of_rows(self, batch: int, samples: int, positions: tuple[int, ...], index: Tensor | None) -> Tensor | None:
-        """The targets ``[n, c]`` of a layer's rows of one batch; see `for_rows`."""
-        t = for_rows(self.vectors[batch], samples, positions, index)
+    def of_rows(self, batch: int, shape: tuple[int, tuple[int, ...]], index: Tensor | None) -> Tensor | None:
+        """The targets ``[n, c]`` of a layer's rows; ``shape`` is its (samples, positions); see `for_rows`."""
+        t = for_rows(self.vectors[batch], *shape, index)
         return None if t is None else torch.where(t.isnan(), self.mean.to(t), t)
 
 
@@ -78,7 +78,9 @@ def describe(targets: list[Tensor]) -> TargetKind:
         return TargetKind(classes=_largest_class(targets) + 1)
     for number, target in enumerate(targets):
         if not bool(target.isfinite().all()):
-            raise SylinitError(f"batches: the target of batch {number} holds NaN or infinite numbers; drop those samples")
+            raise SylinitError(
+                f"batches: the target of batch {number} holds NaN or infinite numbers; drop those samples"
+            )
     width = 1 if first.ndim == 1 else first.shape[-1]
     soft = width > 1 and all(bool((t >= 0).all() and ((t.sum(-1) - 1).abs() < 1e-3).all()) for t in targets)
     return TargetKind(width=width, soft=soft)
@@ -98,7 +100,8 @@ def _largest_class(targets: list[Tensor]) -> int:
         wrong = index[(index < 0) & (index != IGNORED)]
         if wrong.numel():
             raise SylinitError(
-                f"batches: batch {number} has the label {int(wrong[0])}; class indices start at 0 ({IGNORED} means ignored)"
+                f"batches: batch {number} has the label {int(wrong[0])}; class indices start at 0 "
+                f"({IGNORED} means ignored)"
             )
         largest = max(largest, int(index.max()))
     return largest
@@ -132,8 +135,8 @@ def for_rows(vectors: Tensor, samples: int, positions: tuple[int, ...], index: T
 
     A layer's rows are numbered ``sample * positions + position``. A target for the whole sample goes to all of its
     rows; a target for each position (token, pixel) goes to the row at the nearest position; a layer without positions
-    gets the mean over positions. Where a model folds time or windows into the batch, each fold gets its sample's target;
-    sequence-first layouts are recognised by the place of the batch size.
+    gets the mean over positions. Where a model folds time or windows into the batch, each fold gets its
+    sample's target; sequence-first layouts are recognised by the place of the batch size.
 
     Args:
         vectors: ``[batch, *target positions, c]``.
@@ -144,7 +147,7 @@ def for_rows(vectors: Tensor, samples: int, positions: tuple[int, ...], index: T
     Returns:
         ``[n, c]``, NaN for rows without a label, or None where the layer's rows cannot be told apart by sample.
     """
-    batch, *spots, width = vectors.shape
+    batch, *spots, _ = vectors.shape
     lead = (samples, *positions)
     if index is None:
         index = torch.arange(math.prod(lead), device=vectors.device)
@@ -166,7 +169,7 @@ def for_rows(vectors: Tensor, samples: int, positions: tuple[int, ...], index: T
     if len(spots) != len(spread):
         return _pooled(vectors)[sample]
     nearest = [place * spot // size for place, spot, size in zip(where, spots, spread, strict=True)]
-    return vectors[(sample, *nearest)]
+    return vectors[tuple((sample, *nearest))]
 
 
 def _pooled(vectors: Tensor) -> Tensor:
