@@ -251,7 +251,7 @@ class _Pass:
             seed + 1,
             self._head(door),
         )
-        if code.needs == "rows" or gathered.used < view.dim:
+        if use_rows(code, gathered.used, view.dim):
             rows, targets = gathered.rows(self._processes)
             solution = self._processes.together(lambda: solve_layer_from_rows(rows, targets, problem))
         else:
@@ -312,6 +312,11 @@ class _Pass:
 def default_rows(dim: int) -> int:
     """Rows of input to read for a layer of ``dim`` inputs, where the user does not say."""
     return max(4096, 8 * dim)
+
+
+def use_rows(code: Code, count: int, dim: int) -> bool:
+    """Whether a layer is solved from its rows: few rows in many dimensions, or a code that is fitted on rows."""
+    return code.needs == "rows" or count < dim
 
 
 def _code_for(door: Door, gathered: Gathered) -> tuple[Code, str]:

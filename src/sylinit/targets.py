@@ -169,7 +169,8 @@ def for_rows(vectors: Tensor, samples: int, positions: tuple[int, ...], index: T
     if len(spots) != len(spread):
         return _pooled(vectors)[sample]
     nearest = [place * spot // size for place, spot, size in zip(where, spots, spread, strict=True)]
-    return vectors[tuple((sample, *nearest))]
+    place = (sample, *nearest)
+    return vectors[place]
 
 
 def _pooled(vectors: Tensor) -> Tensor:

@@ -1,0 +1,316 @@
+"""`initialize_` on the kinds of model and data that users have."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import images, small_mlp, small_resnet, vectors
+from torch import nn
+
+import sylinit
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in model.state_dict().values()])
+
+
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((model.eval()(x).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize(("make", "data"), [(small_mlp, vectors), (small_resnet, images)])
+def test_without_a_training_step_the_network_is_far_better_than_chance(make, data):
+    x, y = data(600)
+    model = make()
+    before = accuracy(model, x[300:], y[300:])
+    sylinit.initialize_(model, [(x[:300], y[:300])])
+    after = accuracy(model, x[300:], y[300:])
+    assert after > 0.7 > before
+
+
+@pytest.mark.parametrize("sizes", [[60], [30, 30], [1] * 60, [7] * 8 + [4], [59, 1]])
+@pytest.mark.parametrize("rows", [None, 200, "all"])
+def test_the_cut_into_batches_does_not_matter(sizes, rows):
+    x, y = images()
+    whole = small_resnet().double()
+    cut = copy.deepcopy(whole)
+    x = x.double()
+    sylinit.initialize_(whole, [(x, y)], rows=rows)
+    sylinit.initialize_(cut, zip(x.split(sizes), y.split(sizes), strict=True), rows=rows)
+    assert torch.allclose(weights(whole), weights(cut), rtol=1e-7, atol=1e-8)
+
+
+def test_a_rerun_gives_the_same_bits_and_the_seed_matters():
+    x, y = images()
+
+    def run(seed):
+        model = small_resnet()
+        sylinit.initialize_(model, [(x, y)], rows=100, generator=torch.Generator().manual_seed(seed))
+        return weights(model)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_the_result_does_not_depend_on_the_weights_it_replaces():
+    x, y = images()
+    first, second = small_resnet(), small_resnet()
+    assert not torch.equal(first[0].weight, second[0].weight)
+    for model in (first, second):
+        sylinit.initialize_(model, [(x, y)])
+    assert torch.equal(first[0].weight, second[0].weight)
+
+
+def test_units_have_unit_variance_and_zero_mean_and_logits_are_small():
+    x, y = vectors(300)
+    model = small_mlp()
+    seen = {}
+    sylinit.initialize_(model, [(x, y)])
+    for name, layer in model.named_children():
+        layer.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
+    logits = model(x)
+    for name in ("0", "2"):
+        assert torch.allclose(seen[name].mean(0), torch.zeros(()), atol=1e-4)
+        variance = seen[name].detach().var(0, correction=0)
+        assert float(variance.max()) < 1.001
+        assert float((variance > 0.999).float().mean()) > 0.7  # the others are held by the floor
+    assert torch.allclose(logits.mean(0), torch.zeros(()), atol=1e-5)
+    assert float(logits.detach().std(correction=0)) == pytest.approx(0.2, rel=1e-3)
+
+
+def test_batchnorm_has_the_pooled_statistics_of_its_own_input():
+    x, y = images()
+    model = small_resnet()
+    sylinit.initialize_(model, zip(x.split(17), y.split(17), strict=True))
+    seen = {}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, module in norms.items():
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+    with torch.no_grad():
+        model.eval()(x)
+    for name, module in norms.items():
+        assert torch.allclose(module.running_mean, seen[name].mean((0, 2, 3)), atol=1e-5)
+        assert torch.allclose(module.running_var, seen[name].var((0, 2, 3)), rtol=1e-4)
+
+
+def test_only_selected_layers_change_and_statistics_after_them():
+    x, y = images()
+    model = small_resnet()
+    sylinit.initialize_(model, [(x, y)])
+    before = copy.deepcopy(model.state_dict())
+    report = sylinit.initialize_(model, [(x + 1, y)], layers=["3.conv2", "7"])
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    # (the running variance after a layer of unit variance is the same number again)
+    assert changed - {"3.norm2.running_var"} == {"3.conv2.weight", "3.norm2.running_mean", "7.weight", "7.bias"}
+    assert report["3.norm2"].action == "recalibrated"
+    assert report["0"].action == "left alone"
+    assert report["1"].reason == "its input did not change"
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("3", {"3.conv1", "3.conv2"}),
+        ("3.conv?", {"3.conv1", "3.conv2"}),
+        (nn.Linear, {"7"}),
+        ([nn.Linear, "0"], {"0", "7"}),
+        (lambda name, module: name.endswith("1"), {"3.conv1"}),
+    ],
+)
+def test_layers_are_selected_by_pattern_type_or_predicate(layers, expected):
+    report = sylinit.initialize_(small_resnet(), [images()], layers=layers)
+    assert {layer.name for layer in report.initialised} == expected
+
+
+def test_code_by_pattern():
+    report = sylinit.initialize_(small_resnet(), [images()], code={"0": "pca", "3.conv1": "label"})
+    assert [report[name].code for name in ("0", "3.conv1", "3.conv2", "7")] == ["pca", "label", "mixed", "head"]
+
+
+def test_without_labels_the_default_falls_back_to_pca_and_says_so():
+    x, _ = images()
+    report = sylinit.initialize_(small_resnet(), [x])
+    assert {layer.code for layer in report.initialised} == {"pca"}
+    assert "no labels" in str(report)
+
+
+def test_a_regressor_predicts_without_training():
+    x, _ = vectors(400)
+    target = x[:, :2] @ torch.randn(2, 2) + 5
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 2))
+    sylinit.initialize_(model, [(x[:300], target[:300])])
+    with torch.no_grad():
+        error = (model(x[300:]) - target[300:]).square().mean(0)
+    assert bool((error < 0.5 * target.var(0)).all())
+
+
+def test_a_scalar_target_and_a_single_logit():
+    x, y = vectors(300, classes=2)
+    regressor = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
+    sylinit.initialize_(regressor, [(x, x[:, 0] + 3)])
+    assert float((regressor(x)[:, 0] - x[:, 0] - 3).square().mean()) < 0.5 * float(x[:, 0].var())
+    classifier = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
+    report = sylinit.initialize_(classifier, [(x, y)])
+    assert report["2"].code == "head"
+    assert float(((classifier(x)[:, 0] > 0) == (y == 1)).float().mean()) > 0.7
+
+
+def test_soft_labels_equal_class_indices():
+    x, y = vectors()
+    hard, soft = small_mlp(), small_mlp()
+    sylinit.initialize_(hard, [(x, y)])
+    sylinit.initialize_(soft, [(x, nn.functional.one_hot(y, 3).float())])
+    assert torch.allclose(weights(hard), weights(soft), atol=1e-5)
+
+
+def test_token_labels_and_ignored_ones():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (40, 7), generator=generator)
+    means = torch.randn(3, 12, generator=generator)
+    x = means[y] + 0.3 * torch.randn(40, 7, 12, generator=generator)
+    model = small_mlp()
+    hidden = y.masked_fill(torch.rand(40, 7, generator=generator) < 0.5, -100)
+    sylinit.initialize_(model, [(x, hidden)])
+    assert float((model(x).argmax(-1) == y).float().mean()) > 0.9
+
+
+def test_more_than_512_classes():
+    x = torch.randn(1200, 30)
+    y = torch.arange(1200) % 600
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 600))
+    report = sylinit.initialize_(model, [(x, y)])
+    assert report["2"].code == "head"
+    assert report["2"].rank == 40
+
+
+def test_shared_modules_and_tied_weights_are_computed_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(12, 12)
+            self.tied = nn.Linear(12, 12)
+            self.tied.weight = self.first.weight
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.tied(self.first(self.first(x).relu()).relu()).relu())
+
+    model = Shared()
+    report = sylinit.initialize_(model, [vectors()])
+    assert {layer.name for layer in report.initialised} == {"first", "head"}
+    assert "tied" in report["tied"].reason
+    assert model.tied.weight is model.first.weight
+
+
+def test_several_inputs_mappings_and_forward():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 3)
+
+        def forward(self, left, right):
+            return self.head((self.a(left) + self.b(right)).relu())
+
+    x, y = vectors()
+    ways = [Two().double() for _ in range(3)]
+    state = ways[0].state_dict()
+    for model in ways:
+        model.load_state_dict(state)
+    sylinit.initialize_(ways[0], [(x, x.flip(1), y)])
+    sylinit.initialize_(ways[1], [{"left": x, "right": x.flip(1), "labels": y}])
+    sylinit.initialize_(
+        ways[2], [(x, y)], forward=lambda model, batch: model(batch[0].double(), batch[0].double().flip(1))
+    )
+    assert torch.equal(weights(ways[0]), weights(ways[1]))
+    assert torch.allclose(weights(ways[0]), weights(ways[2]))
+
+
+def test_a_layer_that_the_data_never_reaches_or_not_in_every_lane():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high, self.never = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head((self.low if x.mean() < 0 else self.high)(x))
+
+    x, y = vectors()
+    before = (model := Routed()).never.weight.clone()
+    report = sylinit.initialize_(model, [(x - 5, y), (x + 5, y), (x - 6, y)])
+    assert report["low"].rows == 120
+    assert report["high"].rows == 60
+    assert report["head"].rows == 180
+    assert report["never"].reason == "the data never reached it"
+    assert torch.equal(before, model.never.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_other_precision(dtype):
+    x, y = vectors(300)
+    model = small_mlp().to(dtype)
+    sylinit.initialize_(model, [(x, y)])
+    assert model[0].weight.dtype == dtype
+    assert accuracy(model, x.to(dtype), y) > 0.7
+
+
+def test_autocast_and_inference_mode_around_the_call():
+    x, y = vectors(300)
+    model = small_mlp()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        sylinit.initialize_(model, zip(x.split(50), y.split(50), strict=True))
+    assert accuracy(model, x, y) > 0.7
+    model(x).sum().backward()  # weights written under inference mode still train
+    assert model[0].weight.grad is not None
+
+
+def test_transformer_encoder_layers_are_reached_inside_the_fast_path():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3))
+    x, y = torch.randn(40, 5, 16), torch.arange(40) % 3
+    report = sylinit.initialize_(model, [(x, y)])
+    assert len(report.initialised) == 2 * (4 + 2) + 1
+    assert not [layer for layer in report.left_alone if "normalisation" not in layer.reason]
+
+
+def test_constant_inputs_are_left_alone():
+    x, y = vectors()
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
+    before = weights(model)
+    report = sylinit.initialize_(model, [(torch.ones_like(x), y)])
+    assert "constant" in report["0"].reason
+    assert torch.equal(before, weights(model))
+
+
+def test_fewer_rows_than_dimensions_equal_the_exact_route(monkeypatch):
+    x, y = vectors(count=20, dim=50)
+    x = x.double()
+    models = [nn.Sequential(nn.Linear(50, 12), nn.ReLU(), nn.Linear(12, 3)).double() for _ in range(2)]
+    reports = [sylinit.initialize_(models[0], [(x, y)])]
+    monkeypatch.setattr("sylinit.engine.use_rows", lambda code, used, dim: code.needs == "rows")
+    reports.append(sylinit.initialize_(models[1], [(x, y)]))
+    assert [report["0"].solver for report in reports] == ["row-space", "exact"]
+    with torch.no_grad():
+        one, other = (model[0](x) for model in models)
+    assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_progress_is_reported_for_every_door():
+    calls = []
+    sylinit.initialize_(small_resnet(), [images()], progress=lambda *event: calls.append(event))
+    assert [done for done, _, _ in calls] == list(range(1, 8))
+    assert {total for _, total, _ in calls} == {7}
+
+
+def test_the_report_prints_saves_and_plots(tmp_path):
+    report = sylinit.initialize_(small_resnet(), [images()])
+    text = str(report)
+    assert all(layer.name in text for layer in report.layers)
+    assert report.to_json(tmp_path / "report.json").startswith("{")
+    assert (tmp_path / "report.json").stat().st_size > 500
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 5000
+    assert all(layer.residual < 1e-10 and layer.dead_units == 0 for layer in report.initialised)
