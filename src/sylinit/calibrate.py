@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sylinit.moments import Covariance
 
-FLOOR = 1e-2
+FLOOR = 0.1
 """Variance along a unit's direction is taken to be at least this share of the mean over all directions."""
 
 LOGIT_DEVIATION = 0.2

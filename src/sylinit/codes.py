@@ -216,10 +216,11 @@ def mixed(label_share: float = 0.25) -> Code:
         running = (torch.arange(groups * units + 1, dtype=torch.float64) * label_share + 1e-9).floor()
         is_label = (running[1:] > running[:-1]).view(groups, units).to(axes.variances.device)
         rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
+        directions = target_units(axes, int(running[-1]), generator)
         on_x = principal_units(axes, rank, generator, white=True)
         on_x = on_x.masked_fill(is_label.unsqueeze(2), 0)
         on_t = on_x.new_zeros(groups, units, axes.tt.shape[0])
-        on_t[is_label] = target_units(axes, int(running[-1]), generator)
+        on_t[is_label] = directions
         return LinearCode(on_x, on_t)
 
     return Code("mixed" if label_share == 0.25 else f"mixed({label_share:g})", function, "moments", True, "pca")
