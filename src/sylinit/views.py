@@ -6,9 +6,9 @@ To serve another kind of layer, write a `View` for it and add one line to `VIEWS
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,40 +26,53 @@ Shape = tuple[int, tuple[int, ...]]
 class View:
     """One weight of a module as ``groups`` matrices of ``units x dim`` that multiply rows of ``dim`` numbers.
 
+    This class itself serves `torch.nn.Linear`. What `input` returns is passed on to `positions` and `rows` as it is:
+    a tensor, or a tuple of tensors.
+
     Args:
         module: the module whose forward is met.
         name: the layer's name, for the report.
-        weight: name of the parameter in ``owner``.
-        owner: the module that holds the parameters, if it is another one.
+        weight: the attribute of ``owner`` that holds the weight.
+        bias: the attribute of ``owner`` that holds the bias, if it is not None.
+        owner: the module that holds both, where it is another one.
 
     Attributes:
+        kind: the type of the module.
         groups: g.
         units: k, the outputs of each group.
         dim: d, the inputs of each group.
         has_bias: whether there is a bias to write.
-        parameters: the leaf parameters that `write` changes.
+        parameters: the leaf parameters that `write` changes; of a parametrised weight, the originals.
     """
 
     groups: int = 1
     units: int
     dim: int
 
-    def __init__(self, module: nn.Module, name: str, weight: str = "weight", owner: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        weight: str = "weight",
+        bias: str = "bias",
+        owner: nn.Module | None = None,
+    ) -> None:
         self.module = module
         self.name = name
-        self.kind = type(module).__name__
-        self._owner = owner or module
+        self.kind = parametrize.type_before_parametrizations(module).__name__
+        self._owner: Any = owner or module
         self._weight = weight
-        self.has_bias = getattr(self._owner, "bias", None) is not None
-        self.parameters = _leaves(self._owner, weight) + (_leaves(self._owner, "bias") if self.has_bias else ())
-        self._measure(getattr(self._owner, weight))
+        self._bias = bias
+        self.has_bias = getattr(self._owner, bias, None) is not None
+        self.parameters = (*_leaves(self._owner, weight), *_leaves(self._owner, bias))
+        self._measure(_value(self._owner, weight))
 
     def _measure(self, weight: Tensor) -> None:
-        """Read g, k and d off the parameter."""
+        """Read g, k and d off the module and its weight."""
         self.units, self.dim = weight.shape[0], math.prod(weight.shape[1:])
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The tensor (or tuple of tensors) that the weight multiplies, from the arguments of the module's forward."""
+        """What the weight multiplies, from the arguments of the module's forward."""
         return args[0] if args else kwargs["input"]
 
     def positions(self, x: Any) -> Shape:
@@ -67,38 +80,50 @@ class View:
         return (x.shape[0], tuple(x.shape[1:-1])) if x.ndim > 1 else (1, ())
 
     def rows(self, x: Any, index: Tensor | None = None) -> Tensor:
-        """Rows ``[g, n, d]``: those numbered ``index`` (int64, any order), or all of them in order."""
-        flat = x.reshape(-1, self.dim)
-        return (flat if index is None else flat[index]).unsqueeze(0)
+        """The rows that the weight multiplies, in the dtype of ``x``.
+
+        Nothing here waits for a CUDA device.
+
+        Args:
+            x: what `input` returned.
+            index: int64 row numbers ``[n]`` on the device of ``x``, in any order; None for all rows in order.
+
+        Returns:
+            ``[g, n, d]``.
+        """
+        return _take(x, index).unsqueeze(0)
 
     def weight(self) -> Tensor:
         """The present weight, ``[g, k, d]``."""
-        return self._pack(getattr(self._owner, self._weight).detach())
+        return self._pack(_value(self._owner, self._weight).detach())
 
     def bias(self) -> Tensor | None:
         """The present bias, ``[g, k]``."""
-        return self._owner.bias.detach().view(self.groups, self.units) if self.has_bias else None
+        return _value(self._owner, self._bias).detach().view(self.groups, self.units) if self.has_bias else None
 
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Write ``weight [g, k, d]`` and ``bias [g, k]`` in place, in the parameters' own dtype and device.
+        """Write ``weight [g, k, d]`` and ``bias [g, k]`` (None: keep it) in place, in the parameters' own dtype.
 
         Raises:
-            UnsupportedLayerError: a parametrisation that cannot represent the weight; nothing is changed then.
+            UnsupportedLayerError: a parametrisation cannot represent the weight; nothing is changed then.
         """
-        _assign(self._owner, self._weight, self._unpack(weight, getattr(self._owner, self._weight)))
-        if bias is not None:
-            _assign(self._owner, "bias", bias.reshape(-1))
+        with _all_or_nothing(self._owner) if parametrize.is_parametrized(self._owner) else nullcontext():
+            _assign(self._owner, self._weight, self._unpack(weight, _value(self._owner, self._weight).shape))
+            if bias is not None:
+                _assign(self._owner, self._bias, bias.reshape(-1))
 
     def _pack(self, parameter: Tensor) -> Tensor:
+        """From the parameter's own shape to ``[g, k, d]``."""
         return parameter.reshape(self.groups, self.units, self.dim)
 
-    def _unpack(self, weight: Tensor, like: Tensor) -> Tensor:
-        return weight.reshape(like.shape)
+    def _unpack(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        """From ``[g, k, d]`` to the parameter's own shape."""
+        return weight.reshape(shape)
 
 
 class TransposedLinearView(View):
-    """A linear layer whose weight is stored as ``[d, k]``, as in the GPT-2 family."""
+    """A linear layer whose weight is stored as ``[d, k]``: ``Conv1D`` of Transformers' GPT-2 family."""
 
     def _measure(self, weight: Tensor) -> None:
         self.dim, self.units = weight.shape
@@ -110,7 +135,7 @@ class TransposedLinearView(View):
     def _pack(self, parameter: Tensor) -> Tensor:
         return parameter.mT.unsqueeze(0)
 
-    def _unpack(self, weight: Tensor, like: Tensor) -> Tensor:
+    def _unpack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         return weight[0].mT
 
 
@@ -128,17 +153,15 @@ class BilinearView(View):
 
     def rows(self, x: Any, index: Tensor | None = None) -> Tensor:
         """Rows ``[1, n, d1 d2]``."""
-        first, second = (part.reshape(-1, part.shape[-1]) for part in x)
-        if index is not None:
-            first, second = first[index], second[index]
+        first, second = (_take(part, index) for part in x)
         return (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1).unsqueeze(0)
 
 
 class ConvView(View):
     """A convolution over its patches.
 
-    In each spatial dimension a table says which input position (-1: a zero) each tap of the kernel reads for each
-    output position. Strides, dilation, padding and its modes are all in the tables; a patch is gathered through them.
+    In each spatial dimension, `sources` says which input position every tap of the kernel reads for an output
+    position. Stride, dilation, padding and its mode are all in there; a patch is gathered through it.
     """
 
     module: Any
@@ -149,99 +172,129 @@ class ConvView(View):
         self._channels = self.module.in_channels // self.groups
         self.dim = self._channels * math.prod(self.module.kernel_size)
 
-    def tables(self, x: Tensor) -> list[Tensor]:
-        """For each spatial dimension, the input position of each tap: int64 ``[out, kernel]`` on the CPU."""
-        return [self._table(size, axis) for axis, size in enumerate(self._batched(x).shape[2:])]
-
     def positions(self, x: Any) -> Shape:
         """Output positions."""
-        return self._batched(x).shape[0], tuple(len(table) for table in self.tables(x))
+        return len(self.images(x)), self.places(x)
 
     def rows(self, x: Any, index: Tensor | None = None) -> Tensor:
-        """Patches, gathered straight from the input."""
-        x = self._batched(x)
-        tables = self.tables(x)
-        places = tuple(len(table) for table in tables)
-        size = math.prod(places)
-        flat = x.flatten(2)
+        """Patches, gathered straight from the input: neither padded nor unfolded."""
+        images, places = self.images(x), self.places(x)
         if index is None:
-            sample: Any = slice(None)
-            position = torch.unravel_index(torch.arange(size, device=x.device), places)
-        else:
-            sample = (index // size).unsqueeze(1)
-            position = torch.unravel_index(index % size, places)
-        taps, zero = self._taps(tables, position, x)
-        if index is None:
-            patches = flat[:, :, taps].movedim(1, -1).flatten(0, 1)  # [B P, K, C]
-            zero = None if zero is None else zero.repeat(len(flat), 1)
-        else:
-            patches = flat[sample, :, taps]  # [n, K, C]
-        if zero is not None:
-            patches = patches.masked_fill_(zero.unsqueeze(2), 0)
-        count, kernel = patches.shape[:2]
-        patches = patches.view(count, kernel, self.groups, self._channels)
-        return patches.permute(2, 0, 3, 1).reshape(self.groups, count, self.dim)
+            index = torch.arange(len(images) * math.prod(places), device=images.device)
+        sample, *position = _unravel(index, (len(images), *places))
+        taps = torch.zeros_like(sample).unsqueeze(1)  # [n, K]: each tap's position in a flattened image
+        inside = torch.ones_like(taps, dtype=torch.bool)
+        for axis, (place, size) in enumerate(zip(position, images.shape[2:], strict=True)):
+            source = self.sources(place, size, axis)
+            here = (source >= 0) & (source < size)
+            taps = (taps.unsqueeze(2) * size + source.clamp(0, size - 1).unsqueeze(1)).flatten(1)
+            inside = (inside.unsqueeze(2) & here.unsqueeze(1)).flatten(1)
+        patches = images.flatten(2)[sample.unsqueeze(1), :, taps]  # [n, K, C]
+        if self._reads_zeros:
+            patches.masked_fill_(~inside.unsqueeze(2), 0)
+        patches = patches.unflatten(2, (self.groups, self._channels))
+        return patches.permute(2, 0, 3, 1).reshape(self.groups, len(index), self.dim)
 
-    def _taps(self, tables: list[Tensor], position: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Flat input position ``[n, K]`` of every tap, and where it is a zero (None: nowhere)."""
-        count = len(position[0])
-        taps = torch.zeros(count, 1, dtype=torch.long, device=x.device)
-        zero: Tensor | None = None
-        for table, place, size in zip(tables, position, x.shape[2:], strict=True):
-            chosen = table.to(x.device)[place]
-            taps = (taps.unsqueeze(2) * size + chosen.clamp(min=0).unsqueeze(1)).flatten(1)
-            outside = (chosen < 0).unsqueeze(1) if bool((table < 0).any()) else None
-            if zero is not None or outside is not None:
-                before = torch.zeros(count, 1, dtype=torch.bool, device=x.device) if zero is None else zero
-                before = before.expand(count, taps.shape[1] // table.shape[1]).unsqueeze(2)
-                here = outside if outside is not None else torch.zeros_like(chosen, dtype=torch.bool).unsqueeze(1)
-                zero = (before | here).flatten(1)
-        return taps, zero
-
-    def _table(self, size: int, axis: int) -> Tensor:
-        conv = self.module
-        kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
-        reach = dilation * (kernel - 1)
-        if conv.padding == "same":
-            before, after = reach // 2, reach - reach // 2
-        else:
-            before = after = 0 if conv.padding == "valid" else conv.padding[axis]
-        out = (size + before + after - reach - 1) // stride + 1
-        place = torch.arange(out).unsqueeze(1) * stride - before + torch.arange(kernel) * dilation
-        if conv.padding_mode == "reflect":
-            place = (size - 1) - ((size - 1) - place.abs()).abs()
-        elif conv.padding_mode == "replicate":
-            place = place.clamp(0, size - 1)
-        elif conv.padding_mode == "circular":
-            place = place % size
-        return place.masked_fill((place < 0) | (place >= size), -1)
-
-    def _batched(self, x: Tensor) -> Tensor:
+    def images(self, x: Any) -> Tensor:
+        """The input as ``[samples, channels, *sizes]``."""
         return x.unsqueeze(0) if x.ndim == len(self.module.kernel_size) + 1 else x
+
+    def places(self, x: Any) -> tuple[int, ...]:
+        """Number of output positions in each spatial dimension."""
+        conv = self.module
+        return tuple(
+            (size + sum(self.padding(axis)) - conv.dilation[axis] * (conv.kernel_size[axis] - 1) - 1)
+            // conv.stride[axis]
+            + 1
+            for axis, size in enumerate(self.images(x).shape[2:])
+        )
+
+    def padding(self, axis: int) -> tuple[int, int]:
+        """Padding before and after the input in one spatial dimension."""
+        padding = self.module.padding
+        if padding == "valid":
+            return 0, 0
+        if padding == "same":
+            reach = self.module.dilation[axis] * (self.module.kernel_size[axis] - 1)
+            return reach // 2, reach - reach // 2
+        return padding[axis], padding[axis]
+
+    def sources(self, place: Tensor, size: int, axis: int) -> Tensor:
+        """The input positions that the taps of the kernel read in one spatial dimension.
+
+        Args:
+            place: int64 output positions ``[n]``.
+            size: the input's size.
+            axis: which spatial dimension.
+
+        Returns:
+            int64 ``[n, kernel]``; a position outside the input stands for a zero.
+        """
+        conv = self.module
+        taps = torch.arange(conv.kernel_size[axis], device=place.device) * conv.dilation[axis]
+        source = place.unsqueeze(1) * conv.stride[axis] - self.padding(axis)[0] + taps
+        if conv.padding_mode == "reflect":
+            return (size - 1) - ((size - 1) - source.abs()).abs()
+        if conv.padding_mode == "replicate":
+            return source.clamp(0, size - 1)
+        if conv.padding_mode == "circular":
+            return source % size
+        return source
+
+    @property
+    def _reads_zeros(self) -> bool:
+        """Whether any tap can fall outside the input."""
+        padded = any(any(self.padding(axis)) for axis in range(len(self.module.kernel_size)))
+        return padded and self.module.padding_mode == "zeros"
 
 
 class ConvTransposeView(ConvView):
-    """A transposed convolution: a tap reads an input position where the stride divides its distance, else a zero.
+    """A transposed convolution over the patches that its outputs are made of.
 
-    An ``output_size`` given to its forward changes how many positions there are at the far edge; they are not read.
+    A tap reads an input position where the stride divides its distance from the output position, else a zero.
     """
 
-    def _table(self, size: int, axis: int) -> Tensor:
+    _reads_zeros = True
+
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The tensor; with an ``output_size`` also an empty tensor ``[0, *output_size]`` that carries it."""
+        x = super().input(args, kwargs)
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        return x if size is None else (x, x.new_empty(0, *size[-len(self.module.kernel_size) :]))
+
+    def images(self, x: Any) -> Tensor:
+        """The input as ``[samples, channels, *sizes]``."""
+        return super().images(x[0] if isinstance(x, tuple) else x)
+
+    def places(self, x: Any) -> tuple[int, ...]:
+        """Number of output positions in each spatial dimension."""
+        if isinstance(x, tuple):
+            return tuple(x[1].shape[1:])
         conv = self.module
-        kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
-        padding = conv.padding[axis]
-        out = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + conv.output_padding[axis] + 1
-        place = torch.arange(out).unsqueeze(1) + padding - torch.arange(kernel) * dilation
-        inside = (place % stride == 0) & (place >= 0) & (place < size * stride)
-        return torch.where(inside, place.div(stride, rounding_mode="floor"), -1)
+        return tuple(
+            (size - 1) * conv.stride[axis]
+            - 2 * conv.padding[axis]
+            + conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            + conv.output_padding[axis]
+            + 1
+            for axis, size in enumerate(self.images(x).shape[2:])
+        )
+
+    def sources(self, place: Tensor, size: int, axis: int) -> Tensor:
+        """The input positions that the taps of the kernel read in one spatial dimension."""
+        conv = self.module
+        taps = torch.arange(conv.kernel_size[axis], device=place.device) * conv.dilation[axis]
+        distance = place.unsqueeze(1) + conv.padding[axis] - taps
+        source = distance.div(conv.stride[axis], rounding_mode="floor")
+        return source.masked_fill(distance % conv.stride[axis] != 0, -1)
 
     def _pack(self, parameter: Tensor) -> Tensor:
         split = parameter.reshape(self.groups, self._channels, self.units, -1)
         return split.transpose(1, 2).reshape(self.groups, self.units, self.dim)
 
-    def _unpack(self, weight: Tensor, like: Tensor) -> Tensor:
+    def _unpack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         split = weight.reshape(self.groups, self.units, self._channels, -1)
-        return split.transpose(1, 2).reshape(like.shape)
+        return split.transpose(1, 2).reshape(shape)
 
 
 class AttentionInputView(View):
@@ -251,26 +304,22 @@ class AttentionInputView(View):
 
     def __init__(self, module: nn.MultiheadAttention, name: str, part: int) -> None:
         self._part = part
+        self._argument = ("query", "key", "value")[part]
         self._packed = module.in_proj_weight is not None
-        word = ("query", "key", "value")[part]
-        super().__init__(module, f"{name}.in_proj.{word}".lstrip("."), self._parameter(part))
-        self.has_bias = module.in_proj_bias is not None
-        if self.has_bias:
-            self.parameters += _leaves(module, "in_proj_bias")
-
-    def _parameter(self, part: int) -> str:
-        return "in_proj_weight" if self._packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")[part]
+        super().__init__(
+            module,
+            f"{name}.in_proj.{self._argument}".lstrip("."),
+            weight="in_proj_weight" if self._packed else f"{self._argument[0]}_proj_weight",
+            bias="in_proj_bias",
+        )
 
     def _measure(self, weight: Tensor) -> None:
         self.units, self.dim = self.module.embed_dim, weight.shape[1]
-
-    @property
-    def _slice(self) -> slice:
-        return slice(self._part * self.units, (self._part + 1) * self.units)
+        self._slice = slice(self._part * self.units, (self._part + 1) * self.units)
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The query, key or value, batch first."""
-        x = args[self._part] if len(args) > self._part else kwargs[("query", "key", "value")[self._part]]
+        x = args[self._part] if len(args) > self._part else kwargs[self._argument]
         return _batch_first(self.module, x)
 
     def bias(self) -> Tensor | None:
@@ -279,16 +328,10 @@ class AttentionInputView(View):
 
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Write into the slice of the packed parameters."""
-        whole = getattr(self.module, self._weight)
-        if self._packed:
-            new = whole.detach().clone()
-            new[self._slice] = weight[0].to(new)
-        else:
-            new = weight[0]
-        _assign(self.module, self._weight, new)
+        """Write into the slices of the packed parameters."""
+        self.weight().copy_(weight)
         if bias is not None:
-            self.module.in_proj_bias[self._slice] = bias[0].to(self.module.in_proj_bias)
+            self.module.in_proj_bias[self._slice].copy_(bias[0])
 
     def _pack(self, parameter: Tensor) -> Tensor:
         return (parameter[self._slice] if self._packed else parameter).unsqueeze(0)
@@ -302,18 +345,22 @@ class AttentionOutputView(View):
     def __init__(self, module: nn.MultiheadAttention, name: str) -> None:
         super().__init__(module, f"{name}.out_proj".lstrip("."), owner=module.out_proj)
 
+    @torch.no_grad()
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The concatenated heads: the module's own output with ``out_proj`` replaced by the identity meanwhile."""
-        kept = dict(self._owner._parameters)
+        """The concatenated heads: the module's own output with the identity for ``out_proj`` meanwhile.
+
+        So masks, added keys and whatever else the module was called with hold by themselves.
+        """
+        held = self._owner._parameters
+        kept = dict(held)
         weight = self._owner.weight
-        eye = torch.eye(self.dim, dtype=weight.dtype, device=weight.device)
         try:
-            self._owner._parameters["weight"] = nn.Parameter(eye, requires_grad=False)
+            held["weight"] = nn.Parameter(torch.eye(self.dim, dtype=weight.dtype, device=weight.device))
             if self.has_bias:
-                self._owner._parameters["bias"] = nn.Parameter(torch.zeros_like(eye[0]), requires_grad=False)
+                held["bias"] = nn.Parameter(torch.zeros_like(self._owner.bias))
             heads = self.module.forward(*args, **kwargs)[0]
         finally:
-            self._owner._parameters.update(kept)
+            held.update(kept)
         return _batch_first(self.module, heads)
 
 
@@ -326,7 +373,7 @@ def _batch_first(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
 def _attention(module: nn.Module, name: str) -> list[View]:
     assert isinstance(module, nn.MultiheadAttention)
     if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
-        raise UnsupportedLayerError("attention under a parametrisation")
+        raise UnsupportedLayerError("an attention layer under a parametrisation; remove the parametrisation first")
     return [*(AttentionInputView(module, name, part) for part in range(3)), AttentionOutputView(module, name)]
 
 
@@ -360,6 +407,9 @@ def views_of(module: nn.Module, name: str) -> list[View]:
         module: any module with parameters of its own.
         name: its name in the model.
 
+    Returns:
+        One view for each weight, in the order in which the data meets them.
+
     Raises:
         UnsupportedLayerError: it cannot be seen so; the message is the reason.
     """
@@ -371,15 +421,22 @@ def views_of(module: nn.Module, name: str) -> list[View]:
         if isinstance(module, kind):
             raise UnsupportedLayerError(reason)
     make = next((make for kind, make in VIEWS.items() if isinstance(module, kind)), None)
-    if make is None and type(module).__name__ == "Conv1D" and getattr(module, "nf", None) is not None:
+    own = ", ".join(key for key, value in module._parameters.items() if value is not None)
+    if make is None and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         make = _one(TransposedLinearView)
-    if make is None:
-        own = ", ".join(key for key, value in module._parameters.items() if value is not None)
+    elif make is None:
         raise UnsupportedLayerError(f"how its parameters ({own}) act on its input is not known")
-    for key, value in module._parameters.items():
-        if value is not None and not value.is_floating_point():
+    elif _computes_otherwise(module):
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} has a forward of its own, so how its parameters ({own}) act on its input "
+            "is not known"
+        )
+    for key, value in module.named_parameters():
+        if not value.is_floating_point():
             raise UnsupportedLayerError(f"its parameter {key!r} is {str(value.dtype).removeprefix('torch.')}, not real")
-    if not isinstance(module, nn.MultiheadAttention) and not _has_weight(module):
+        if hasattr(value, "__tensor_flatten__"):  # a tensor made of others: sharded, quantised
+            raise UnsupportedLayerError(f"its parameter {key!r} is a {type(value).__name__}, not one plain tensor")
+    if not isinstance(module, nn.MultiheadAttention) and not _leaves(module, "weight"):
         raise UnsupportedLayerError(
             "its weight is no parameter (torch.nn.utils.weight_norm and its like recompute it from others); "
             "use torch.nn.utils.parametrizations instead"
@@ -387,35 +444,96 @@ def views_of(module: nn.Module, name: str) -> list[View]:
     return make(module, name)
 
 
-def _has_weight(module: nn.Module) -> bool:
-    return isinstance(module._parameters.get("weight"), nn.Parameter) or parametrize.is_parametrized(module, "weight")
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Whether a subclass of one of PyTorch's layers replaces what that layer computes."""
+    stock = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
+    return any(
+        getattr(type(module), method, None) is not getattr(stock, method, None)
+        for method in ("forward", "_conv_forward")
+    )
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    """Rows ``[n, d]`` of ``[..., d]``, without copying what is not asked for."""
+    if index is None or x.ndim == 1:
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if index is None else flat[index]
+    return x[_unravel(index, x.shape[:-1])]
+
+
+def _unravel(number: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Coordinates in ``shape`` of flat positions. `torch.unravel_index` copies the shape to the device and waits."""
+    coordinates = []
+    for size in reversed(shape):
+        coordinates.append(number % size)
+        number = number.div(size, rounding_mode="floor")
+    return tuple(reversed(coordinates))
 
 
 def _leaves(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
     """The leaf parameters behind an attribute: itself, or the originals of its parametrisation."""
     if parametrize.is_parametrized(module, name):
-        return tuple(module.parametrizations[name].parameters())  # type: ignore[index, union-attr, operator]
+        return tuple(_parametrization(module, name).parameters())
     value = module._parameters.get(name)
     return () if value is None else (value,)
 
 
+def _parametrization(module: nn.Module, name: str) -> nn.Module:
+    return module.parametrizations[name]  # type: ignore[index, return-value]
+
+
 @torch.no_grad()
+def _value(module: nn.Module, name: str) -> Tensor:
+    """The tensor that an attribute stands for; reading it changes nothing."""
+    if not parametrize.is_parametrized(module, name):
+        return getattr(module, name)
+    steps = list(_parametrization(module, name).modules())
+    modes = [step.training for step in steps]
+    try:
+        for step in steps:  # in training mode, spectral_norm iterates whenever it is read
+            step.training = False
+        return getattr(module, name)
+    finally:
+        for step, mode in zip(steps, modes, strict=True):
+            step.training = mode
+
+
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter new numbers in place; a parametrised one through its right inverse, if that is exact."""
-    old = getattr(module, name)
-    value = value.to(dtype=old.dtype, device=old.device)
+    old = _value(module, name)
     if not parametrize.is_parametrized(module, name):
         old.copy_(value)
         return
-    kept = [(leaf, leaf.detach().clone()) for leaf in itertools.chain(_leaves(module, name))]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.parametrizations.buffers()]  # type: ignore[union-attr]
+    value = value.to(dtype=old.dtype, device=old.device, copy=True)
+    # A norm has no direction at zero: zeros become numbers too small to be seen beside the others.
+    precision, largest = torch.finfo(old.dtype).eps, value.abs().max()
+    value = torch.where(value == 0, precision**2 * largest, value)
     try:
         setattr(module, name, value)
-        same = torch.allclose(getattr(module, name), value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
-    except (NotImplementedError, ValueError, RuntimeError):
-        same = False
-    if not same:
-        for leaf, before in (*kept, *buffers):
-            leaf.copy_(before)
-        kinds = ", ".join(type(step).__name__ for step in module.parametrizations[name])  # type: ignore[index, union-attr]
-        raise UnsupportedLayerError(f"its parametrisation ({kinds}) cannot represent a given weight")
+        error, cause = (_value(module, name) - value).abs().max(), None
+    except Exception as failure:  # a parametrisation is anybody's code
+        error, cause = largest.new_tensor(math.nan), failure
+    if not error <= 16 * precision * largest:
+        steps = ", ".join(type(step).__name__ for step in _parametrization(module, name).children())
+        raise UnsupportedLayerError(f"its parametrisation ({steps}) cannot represent a given {name}") from cause
+
+
+@contextmanager
+def _all_or_nothing(module: nn.Module) -> Iterator[None]:
+    """Undo every change to a module's tensors if the body fails, and keep them where they are in memory.
+
+    A right inverse gives its parameters new memory, which would cut them off from whatever shares the old.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    places = [tensor.data for tensor in tensors]
+    before = [place.clone() for place in places]
+    try:
+        yield
+        after = [tensor.detach().clone() for tensor in tensors]
+    except BaseException:
+        after = before
+        raise
+    finally:
+        for tensor, place, numbers in zip(tensors, places, after, strict=True):
+            tensor.data = place
+            place.copy_(numbers)
