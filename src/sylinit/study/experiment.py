@@ -1,0 +1,70 @@
+"""One experiment as a value: all that its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+Options = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A network, its data, its start and its training. Equal experiments give equal results.
+
+    Attributes:
+        dataset: for `data.load`.
+        model: for `models.build`.
+        start: a name in `starts.STARTS`.
+        shots: training samples a class; None is all of them.
+        options: of the start, such as ``(("code", "pca"),)``.
+        optimiser: ``"sgd"`` or ``"adamw"``.
+        lr: peak learning rate.
+        epochs: passes over the training subset.
+        seed: of the subset, the start, and the order of training, the same for every start: results are paired.
+        split: where accuracy is measured: training data that is held back, or the test set.
+        task: a name in `runner.TASKS`.
+        setting: of the task.
+    """
+
+    dataset: str
+    model: str
+    start: str
+    shots: int | None = None
+    options: Options = ()
+    optimiser: str = "sgd"
+    lr: float = 0.1
+    epochs: int = 20
+    seed: int = 0
+    split: Literal["validation", "test"] = "test"
+    task: str = "train"
+    setting: Options = ()
+
+    @property
+    def key(self) -> str:
+        """A name that differs between experiments that differ in anything."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def method(self) -> Experiment:
+        """The experiment without what is tuned and repeated: learning rate, seed and split."""
+        return replace(self, lr=0.0, seed=0, split="test")
+
+    @property
+    def label(self) -> str:
+        """The start and its options, as they stand in tables: ``sylinit code=pca``."""
+        return " ".join([self.start, *(f"{key}={value}" for key, value in self.options)])
+
+    def get(self, name: str) -> Any:
+        """A field, an option or a setting by name."""
+        if name in {f.name for f in fields(self)} or name == "label":
+            return getattr(self, name)
+        return dict(self.options).get(name, dict(self.setting).get(name))
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Experiment:
+        """What ``asdict`` gave, perhaps through JSON."""
+        pairs = {name: tuple((key, value) for key, value in values[name]) for name in ("options", "setting")}
+        return Experiment(**{**values, **pairs})

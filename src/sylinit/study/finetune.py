@@ -1,0 +1,230 @@
+"""Fine-tuning: from some classes to others, or from one data set to another, with few labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sylinit.errors import SylinitError
+from sylinit.study.data import Dataset, cache_directory, load
+from sylinit.study.experiment import Experiment
+from sylinit.study.models import build
+from sylinit.study.runner import device, fit, subset
+from sylinit.study.starts import BATCH, apply_start
+from sylinit.study.train import Recipe, train
+
+PRETRAIN_EPOCHS = 10
+
+
+def run_finetune(experiment: Experiment) -> dict[str, Any]:
+    """Take the pretrained network, give it a new head as `experiment.start` says, and train all of it.
+
+    The setting names ``source`` (a data set), ``pretrain_classes`` and ``classes`` (first and last, as in ``"0-4"``;
+    None is all), ``pretrain_epochs`` and ``pretrain_samples`` (None is all).
+    """
+    source = load(str(experiment.get("source") or experiment.dataset))
+    data = resized(only(load(experiment.dataset), experiment.get("classes")), source.shape)
+    part = subset(data, experiment)
+    model = pretrained(experiment)
+    torch.manual_seed(experiment.seed)
+    began = time.perf_counter()
+    replace_head(model, data.classes)
+    model.to(device())
+    if experiment.start not in HEADS:
+        raise SylinitError(f"start {experiment.start!r}: fine-tuning knows {', '.join(HEADS)}")
+    HEADS[experiment.start](model, part.x, part.y, experiment.seed)
+    return fit(model, part, experiment, data, init_seconds=time.perf_counter() - began)
+
+
+def pretrained(experiment: Experiment) -> nn.Module:
+    """The network trained on the source classes; trained once, then read from the cache directory."""
+    from safetensors.torch import load_file, save_file
+
+    name = str(experiment.get("source") or experiment.dataset)
+    source = only(load(name), experiment.get("pretrain_classes"))
+    epochs = int(experiment.get("pretrain_epochs") or PRETRAIN_EPOCHS)
+    samples = experiment.get("pretrain_samples")
+    torch.manual_seed(0)
+    model = build(experiment.model, source.shape, source.classes)
+    size = (len(source.train_x), tuple(source.shape), float(source.train_x[:100].sum()))
+    identity = f"{name} {experiment.get('pretrain_classes')} {experiment.model} {epochs} {samples} {size}"
+    path = cache_directory() / f"pretrained-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model
+    index = torch.randperm(len(source.train_y), generator=torch.Generator().manual_seed(0))[:samples]
+    x, y = source.train_x[index].to(device()), source.train_y[index].to(device())
+    apply_start("he-normal", model.to(device()), x, y, 0)
+    recipe = Recipe(lr=0.05, epochs=epochs, batch_size=128, flip=source.shape[0] == 3, points=1)
+    outcome = train(model, x, y, x[:100], y[:100], recipe, classes=source.classes, seed=0)
+    if outcome.diverged:
+        raise SylinitError(f"model {experiment.model!r}: pretraining on {name} diverged")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, partial)
+    partial.replace(path)
+    return model.cpu()
+
+
+def only(data: Dataset, classes: str | None) -> Dataset:
+    """The samples of classes ``"first-last"``, renumbered from 0."""
+    if classes is None:
+        return data
+    first, last = map(int, str(classes).split("-"))
+    train, test = ((y >= first) & (y <= last) for y in (data.train_y, data.test_y))
+    return replace(
+        data,
+        train_x=data.train_x[train],
+        train_y=data.train_y[train] - first,
+        test_x=data.test_x[test],
+        test_y=data.test_y[test] - first,
+        classes=last - first + 1,
+    )
+
+
+def resized(data: Dataset, shape: tuple[int, ...]) -> Dataset:
+    """The images scaled to the height and width of `shape`."""
+    if data.shape == shape:
+        return data
+    if len(data.shape) != 3 or data.shape[0] != shape[0]:
+        raise SylinitError(f"{data.name}: samples of shape {data.shape} cannot go into a network made for {shape}")
+    scaled = (F.interpolate(x, shape[1:], mode="bilinear", antialias=True) for x in (data.train_x, data.test_x))
+    train_x, test_x = scaled
+    return replace(data, train_x=train_x, test_x=test_x)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Names of the layers with weights, in the model's order, without shortcuts."""
+    kinds = (nn.Linear, _ConvNd)
+    return [name for name, m in model.named_modules() if isinstance(m, kinds) and "shortcut" not in name]
+
+
+def replace_head(model: nn.Module, classes: int) -> nn.Linear:
+    """Put a new linear layer in the place of the last one."""
+    name = layer_names(model)[-1]
+    parent_name, _, leaf = name.rpartition(".")
+    old = model.get_submodule(name)
+    if not isinstance(old, nn.Linear):
+        raise SylinitError(f"layer {name!r}: expected a Linear as the last layer, got {type(old).__name__}")
+    head = nn.Linear(old.in_features, classes)
+    setattr(model.get_submodule(parent_name), leaf, head)
+    return head
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    head = model.get_submodule(layer_names(model)[-1])
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+@torch.no_grad()
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    """What the head reads, ``[n, d]``."""
+    head, seen = _head(model), []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    training = model.training
+    model.eval()
+    try:
+        for part in x.split(BATCH):
+            model(part)
+    finally:
+        hook.remove()
+        model.train(training)
+    return torch.cat(seen)
+
+
+def random_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Leave the new head as PyTorch draws it."""
+
+
+def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: float = 1e-2) -> None:
+    """Train the head alone to convergence (logistic regression by L-BFGS), before everything is trained.
+
+    Source: Kumar, Raghunathan, Jones, Ma and Liang, *Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution*, ICLR 2022. Features are standardised and `penalty` / 2 times the squared weights is added.
+    """
+    rows = features(model, x)
+    std, mean = torch.std_mean(rows, 0, correction=0)
+    std = std.clamp(min=1e-6)
+    z, head = (rows - mean) / std, _head(model)
+    weight = torch.zeros_like(head.weight).requires_grad_()
+    bias = torch.zeros_like(head.bias).requires_grad_()
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(F.linear(z, weight, bias), y) + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)  # type: ignore[arg-type]
+    with torch.no_grad():
+        head.weight.copy_(weight / std)
+        head.bias.copy_(bias - (weight / std) @ mean)
+
+
+@torch.no_grad()
+def ridge_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Ridge regression of the one-hot labels on the features; the penalty of least leave-one-out error.
+
+    With F = U diag(s) V^T centred, the fit is H Y with H = U diag(s^2 / (s^2 + p)) U^T, and the leave-one-out
+    residual of a sample is its residual over (1 - H_ii - 1/n).
+    """
+    head = _head(model)
+    rows = features(model, x).double()
+    targets = F.one_hot(y, head.out_features).double()
+    mean, centre = rows.mean(0), targets.mean(0)
+    u, s, vh = torch.linalg.svd(rows - mean, full_matrices=False)
+    projected = u.T @ (targets - centre)
+    best, kept = float("inf"), s
+    for power in torch.linspace(-6, 2, 33).tolist():
+        shrink = s.square() / (s.square() + 10**power * s[0].square())
+        residual = targets - centre - u @ (shrink[:, None] * projected)
+        leverage = (u.square() @ shrink) + 1 / len(rows)
+        error = (residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().mean().item()
+        if error < best:
+            best, kept = error, shrink
+    weight = (vh.T @ ((kept / s.clamp(min=1e-12))[:, None] * projected)).T
+    head.weight.copy_(weight)
+    head.bias.copy_(centre - weight @ mean)
+
+
+def sylinit_part(which: Callable[[nn.Module], list[str]]) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
+    """A start that computes the layers that `which` names and keeps the others as pretrained."""
+
+    def start(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+        from sylinit import initialize_
+
+        parts = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+        names = which(model)
+        initialize_(model, parts, layers=names, generator=torch.Generator().manual_seed(seed))
+
+    return start
+
+
+def last_block(model: nn.Module) -> list[str]:
+    """The head and the last block of the network; where layers stand alone, the last three of them."""
+    names = layer_names(model)
+    tops = [name for name in names[:-1] if "." in name]
+    block = tops[-1].rpartition(".")[0] if tops else None
+    return names[-3:] if block is None else [block, names[-1]]
+
+
+HEADS: dict[str, Callable[[nn.Module, Tensor, Tensor, int], None]] = {
+    "random head": random_head,
+    "LP-FT": linear_probe,
+    "ridge head": ridge_head,
+    "sylinit head": sylinit_part(lambda model: layer_names(model)[-1:]),
+    "sylinit last two": sylinit_part(lambda model: layer_names(model)[-2:]),
+    "sylinit last block": sylinit_part(last_block),
+    "sylinit all": sylinit_part(layer_names),
+}

@@ -1,0 +1,207 @@
+"""Starting points to compare: what each does to a freshly built model, seeded and timed."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from sylinit.errors import SylinitError
+
+Start = Callable[..., None]
+"""``(model, x, y, seed, **options)``; writes the weights in place."""
+
+CALIBRATION = 2000
+"""At most so many training samples go into a start that reads data."""
+
+BATCH = 500
+
+
+def pytorch(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Every module's own ``reset_parameters``: PyTorch's default."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+def drawn(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, draw: Callable[[Tensor], Any]) -> None:
+    """Every weight drawn the same way, biases zero, normalisations at 1 and 0."""
+    pytorch(model, x, y, seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            draw(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            for third in module.in_proj_weight.chunk(3):
+                draw(third)
+
+
+def lsuv(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Orthogonal weights scaled to unit variance layer by layer, by the ``lsuv`` package on one batch of 500.
+
+    Source: Mishkin and Matas, *All you need is a good init*, ICLR 2016.
+    """
+    from lsuv import lsuv_with_singlebatch
+
+    pytorch(model, x, y, seed)
+    lsuv_with_singlebatch(model, x[:BATCH], verbose=False, device=x.device)
+
+
+def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """Each layer's units are whitened principal components of its input, centred by the bias.
+
+    Units beyond the dimension of the input, and the last layer, are Gaussian; all have unit output variance on the
+    calibration data. This is the within-layer part of Krähenbühl, Doersch, Donahue and Darrell, *Data-dependent
+    Initializations of Convolutional Neural Networks*, ICLR 2016; their between-layer rescaling is left out.
+    Attention projections keep PyTorch's default.
+    """
+    pytorch(model, x, y, seed)
+    # an attention module calls its output projection as a function: a hook on it would never fire
+    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and id(m) not in inside]
+    met: set[int] = set()
+
+    def write(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if id(layer) in met:
+            return
+        met.add(id(layer))
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        groups = getattr(layer, "groups", 1)
+        rows = _patches(layer, inputs[0])  # [n, groups, d]
+        weights = layer.weight.view(groups, -1, rows.shape[-1])
+        biases = layer.bias.view(groups, -1) if layer.bias is not None else None
+        for group in range(groups):
+            mean = rows[:, group].mean(0)
+            weights[group] = _whitened(rows[:, group] - mean, weights.shape[1], pca=layer is not layers[-1])
+            if biases is not None:
+                biases[group] = -weights[group] @ mean
+
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    hooks = [layer.register_forward_pre_hook(write) for layer in layers]
+    hooks += [norm.register_forward_pre_hook(_adopt_statistics) for norm in norms]
+    training = model.training
+    try:
+        model.eval()(x[:BATCH])
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
+def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int = CALIBRATION, **options: Any) -> None:
+    """`sylinit.initialize_` with `options`, on up to `samples` samples."""
+    from sylinit import initialize_
+
+    pytorch(model, x, y, seed)
+    parts = zip(x[:samples].split(BATCH), y[:samples].split(BATCH), strict=True)
+    if "code" in options:
+        options["code"] = _code(options["code"])
+    initialize_(model, list(parts), generator=torch.Generator().manual_seed(seed), **options)
+
+
+STARTS: dict[str, Start] = {
+    "pytorch": pytorch,
+    "he-uniform": partial(drawn, draw=partial(nn.init.kaiming_uniform_, nonlinearity="relu")),
+    "he-normal": partial(drawn, draw=partial(nn.init.kaiming_normal_, nonlinearity="relu")),
+    "xavier-uniform": partial(drawn, draw=nn.init.xavier_uniform_),
+    "xavier-normal": partial(drawn, draw=nn.init.xavier_normal_),
+    "orthogonal": partial(drawn, draw=nn.init.orthogonal_),
+    "lsuv": lsuv,
+    "pca-whitening": pca_whitening,
+    "sylinit": sylinit,
+}
+
+
+def apply_start(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int, options: Mapping[str, Any] | None = None
+) -> float:
+    """Give a model a starting point; equal seeds give equal weights.
+
+    Args:
+        name: a name in `STARTS`.
+        model: changed in place.
+        x: training samples, every leading part of them fit for calibration.
+        y: int64 ``[n]``, their labels.
+        seed: of everything random; the global random state is left as it was.
+        options: of the start.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        SylinitError: for an unknown name.
+    """
+    check_start(name)
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        with torch.no_grad():
+            STARTS[name](model, x, y, seed, **(options or {}))
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def check_start(name: str) -> None:
+    """Raise `SylinitError` unless `name` is a registered start."""
+    if name not in STARTS:
+        near = difflib.get_close_matches(name, STARTS, n=1)
+        raise SylinitError(
+            f"start {name!r}: expected one of {', '.join(STARTS)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def _code(code: Any) -> Any:
+    """``"mixed:0.5"`` is `mixed` with half of its units from labels; other codes are as they are."""
+    if isinstance(code, str) and code.startswith("mixed:"):
+        from sylinit import mixed
+
+        return mixed(float(code.partition(":")[2]))
+    return code
+
+
+def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, budget: int = 20_000) -> Tensor:
+    """Rows of input of a layer, ``[n, groups, d]``, at most about `budget` of them."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1])[:budget]
+    half = tuple(size // 2 for size in layer.kernel_size)
+    padding = layer.padding if isinstance(layer.padding, tuple) else half if layer.padding == "same" else (0, 0)
+    rows = []
+    for images in x.split(50):
+        unfolded = F.unfold(images, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
+        keep = torch.randperm(unfolded.shape[-1])[: max(1, budget // len(x))].to(x.device)
+        rows.append(unfolded[:, :, keep].transpose(1, 2).flatten(0, 1))
+    return torch.cat(rows).unflatten(1, (layer.groups, -1))
+
+
+def _whitened(rows: Tensor, units: int, *, pca: bool) -> Tensor:
+    """``[units, d]``: directions scaled to unit variance on centred `rows` ``[n, d]``."""
+    covariance = rows.T @ rows / len(rows)
+    directions = torch.randn(units, rows.shape[1]).to(rows)
+    if pca:
+        vectors = torch.linalg.eigh(covariance.double()).eigenvectors.flip(1).T.to(rows)
+        directions[: len(vectors)] = vectors[:units]
+    variance = ((directions @ covariance) * directions).sum(1)
+    # directions in which the data hardly varies are not blown up
+    floor = 1e-4 * variance.max().clamp(min=1e-30)
+    return directions / variance.clamp(min=floor).sqrt().unsqueeze(1)
+
+
+def _adopt_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Running mean and variance of a normalisation are those of the input at hand."""
+    assert isinstance(norm, _NormBase) and norm.running_mean is not None and norm.running_var is not None
+    axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
+    variance, mean = torch.var_mean(inputs[0], dim=axes)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)

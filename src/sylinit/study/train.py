@@ -1,0 +1,191 @@
+"""Training a network from its start, the same way for every start."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sylinit.errors import SylinitError
+
+EVALUATE = 500
+"""Samples a forward pass when measuring accuracy."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: a OneCycle schedule over SGD with Nesterov momentum 0.9 or AdamW, cross-entropy unsmoothed.
+
+    Attributes:
+        lr: peak learning rate, reached after a quarter of the steps.
+        optimiser: ``"sgd"`` or ``"adamw"``.
+        epochs: passes over the data.
+        batch_size: samples a step; 0 takes a tenth of the data, at least 16 and at most 128.
+        weight_decay: of every parameter; None is 5e-4 for SGD and 0.01 for AdamW.
+        flip: mirror each image left to right half of the time.
+        crop: shift each image by up to so many pixels, zeros filling in.
+        points: how often the learning curve is measured.
+    """
+
+    lr: float
+    optimiser: str = "sgd"
+    epochs: int = 20
+    batch_size: int = 0
+    weight_decay: float | None = None
+    flip: bool = False
+    crop: int = 0
+    points: int = 10
+
+    def size(self, samples: int) -> int:
+        """Samples a step."""
+        return min(samples, self.batch_size or min(128, max(16, samples // 10)))
+
+    def make_optimiser(self, parameters: list[nn.Parameter] | list[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser over `parameters`."""
+        if self.optimiser == "sgd":
+            decay = 5e-4 if self.weight_decay is None else self.weight_decay
+            return torch.optim.SGD(parameters, self.lr, momentum=0.9, nesterov=True, weight_decay=decay)
+        if self.optimiser == "adamw":
+            decay = 0.01 if self.weight_decay is None else self.weight_decay
+            return torch.optim.AdamW(parameters, self.lr, weight_decay=decay)
+        raise SylinitError(f"optimiser: expected 'sgd' or 'adamw', got {self.optimiser!r}")
+
+    def make_schedule(self, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """One cycle over `steps` steps; momentum stays as it is."""
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, self.lr, total_steps=max(2, steps), pct_start=0.25, cycle_momentum=False
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training gave; accuracies are shares in [0, 1].
+
+    Attributes:
+        before: accuracy before the first step.
+        after: accuracy at the end; chance (1 / classes) if training diverged.
+        curve: ``(epoch, accuracy)`` pairs on a fixed part of the evaluation data, the first before training.
+        area: mean height of the curve (trapezoids) over the epochs.
+        diverged: whether a loss or a logit became infinite or NaN.
+        seconds: spent on training steps, without measuring.
+    """
+
+    before: float
+    after: float
+    curve: tuple[tuple[float, float], ...]
+    area: float
+    diverged: bool
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    recipe: Recipe,
+    *,
+    classes: int,
+    seed: int,
+    curve_size: int = 1000,
+) -> Outcome:
+    """Train `model` in place and measure it.
+
+    Args:
+        model: with its start already written.
+        x: training samples ``[n, ...]``, on the model's device.
+        y: int64 ``[n]``.
+        test_x: evaluation samples, never trained on.
+        test_y: their labels.
+        recipe: how to train.
+        classes: number of classes.
+        seed: of the order of samples and of flips; equal for all starts, so that they see equal batches.
+        curve_size: number of evaluation samples that the learning curve is measured on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, chance = recipe.size(len(x)), 1 / classes
+    optimiser = recipe.make_optimiser([p for p in model.parameters() if p.requires_grad])
+    schedule = recipe.make_schedule(optimiser, math.ceil(len(x) / size) * recipe.epochs)
+    part = _fixed_part(len(test_x), curve_size)
+    before = _or(accuracy(model, test_x, test_y), chance)
+    curve = [(0.0, before if len(part) == len(test_x) else _or(accuracy(model, test_x[part], test_y[part]), chance))]
+    measured = {round(recipe.epochs * i / recipe.points) for i in range(1, recipe.points + 1)}
+    after, seconds = math.nan, 0.0
+    for epoch in range(1, recipe.epochs + 1):
+        began = time.perf_counter()
+        model.train()
+        for index in batches(len(x), size, generator):
+            loss = F.cross_entropy(model(augment(x[index], recipe, generator)), y[index])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        finite = math.isfinite(loss.item())
+        seconds += time.perf_counter() - began
+        if not finite:
+            break
+        if epoch == recipe.epochs:
+            after = accuracy(model, test_x, test_y)
+        if epoch in measured:
+            share = after if epoch == recipe.epochs and len(part) == len(test_x) else None
+            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part]) if share is None else share))
+    diverged = not math.isfinite(after)
+    if diverged:
+        curve = [*[point for point in curve if math.isfinite(point[1])], (float(recipe.epochs), chance)]
+    return Outcome(before, _or(after, chance), tuple(curve), area_under(curve), diverged, seconds)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of samples whose largest logit is their class's; NaN if a logit is not finite."""
+    training = model.training
+    model.eval()
+    correct = torch.zeros((), device=x.device)
+    for part, labels in zip(x.split(EVALUATE), y.split(EVALUATE), strict=True):
+        logits = model(part)
+        correct += torch.where(logits.isfinite().all(), (logits.argmax(1) == labels).sum(), math.nan)
+    model.train(training)
+    return correct.item() / len(x)
+
+
+def area_under(curve: list[tuple[float, float]]) -> float:
+    """Mean height of a curve of ``(epoch, accuracy)`` points over its epochs, by trapezoids."""
+    pieces = [(b - a) * (p + q) / 2 for (a, p), (b, q) in zip(curve[:-1], curve[1:], strict=True)]
+    length = curve[-1][0] - curve[0][0]
+    return sum(pieces) / length if length else curve[-1][1]
+
+
+def batches(samples: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    """One epoch's batches of indices; a last batch of a single sample is left out (BatchNorm cannot use it)."""
+    parts = list(torch.randperm(samples, generator=generator).split(size))
+    return parts[:-1] if len(parts) > 1 and len(parts[-1]) == 1 else parts
+
+
+def augment(x: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Mirror and shift each image of a batch by chance; anything but images passes."""
+    if x.dim() != 4:
+        return x
+    if recipe.crop:
+        padded = F.pad(x, (recipe.crop,) * 4)
+        top, left = torch.randint(0, 2 * recipe.crop + 1, (2, len(x)), generator=generator)
+        rows = top[:, None, None] + torch.arange(x.shape[2])[:, None]
+        columns = left[:, None, None] + torch.arange(x.shape[3])
+        x = padded[torch.arange(len(x))[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+    if recipe.flip:
+        mirrored = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
+    return x
+
+
+def _or(value: float, otherwise: float) -> float:
+    return value if math.isfinite(value) else otherwise
+
+
+def _fixed_part(samples: int, size: int) -> Tensor:
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    return order[:size].sort().values if size < samples else torch.arange(samples)
