@@ -522,18 +522,21 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
 def _all_or_nothing(module: nn.Module) -> Iterator[None]:
     """Undo every change to a module's tensors if the body fails, and keep them where they are in memory.
 
-    A right inverse gives its parameters new memory, which would cut them off from whatever shares the old.
+    A right inverse gives its tensors new memory, which would cut them off from whatever shares the old.
     """
-    tensors = [*module.parameters(), *module.buffers()]
+    slots: list[dict[str, Any]] = [slot for part in module.modules() for slot in (part._parameters, part._buffers)]
+    held = [(slot, name) for slot in slots for name, tensor in slot.items() if tensor is not None]
+    tensors = [slot[name] for slot, name in held]
     places = [tensor.data for tensor in tensors]
     before = [place.clone() for place in places]
     try:
         yield
-        after = [tensor.detach().clone() for tensor in tensors]
+        after = [slot[name].detach().clone() for slot, name in held]
     except BaseException:
         after = before
         raise
     finally:
-        for tensor, place, numbers in zip(tensors, places, after, strict=True):
+        for (slot, name), tensor, place, numbers in zip(held, tensors, places, after, strict=True):
+            slot[name] = tensor
             tensor.data = place
             place.copy_(numbers)
