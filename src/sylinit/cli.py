@@ -1,0 +1,308 @@
+"""The commands: `sylinit demo`, `init`, `compare` and `study`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sylinit import __version__
+from sylinit.errors import SylinitError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as missing:  # pragma: no cover
+    raise SystemExit(f"the sylinit command needs more packages: pip install 'sylinit[study]' ({missing})") from missing
+
+if TYPE_CHECKING:
+    from sylinit.study.runner import Study
+    from sylinit.study.summary import Row
+
+app = typer.Typer(
+    name="sylinit",
+    help="Start neural networks from data instead of from noise.",
+    epilog="Try [bold]sylinit demo[/bold] first: it takes less than a minute.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+PATIENCE = 2.0
+"""Seconds after which a progress bar appears."""
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="mlp, cnn, resnet20, resnet56, resnet110, resnet18, vit-tiny, or module:factory, "
+        "where factory(shape, classes) or factory() returns the model.",
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DATA",
+        help="digits, a directory of Parquet files or image folders, a hub id, or a .npz file with x and y.",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Start neural networks from data instead of from noise."""
+    if version:
+        console.print(f"sylinit {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: [bold]sylinit demo --shots 10 --seeds 5[/bold]")
+def demo(
+    shots: Annotated[int, typer.Option(min=1, help="Labelled examples of each digit.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with other examples.")] = 5,
+    out: Annotated[Path, typer.Option(help="Directory of the figure and the results.")] = Path("sylinit-demo"),
+    workers: Workers = None,
+) -> None:
+    """Learn handwritten digits from a few examples, from six starting points. Under a minute."""
+    from sylinit.study.experiment import Experiment
+    from sylinit.study.runner import Plan
+
+    names = ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit")
+    arms = tuple(Experiment("digits", "mlp", name, shots, epochs=20) for name in names)
+    plan = Plan(arms, grid=(0.003, 0.01, 0.03, 0.1), seeds=tuple(range(seeds)), workers=workers)
+    console.print(f"Handwritten digits, {shots} examples of each, {seeds} seeds; a perceptron of three layers.")
+    study = _run(plan, out / "results.jsonl")
+    _show(study, out / "demo", f"Digits from {shots} examples each")
+
+
+@app.command(epilog="Example: [bold]sylinit init resnet20 --data digits --out weights.safetensors[/bold]")
+def init(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where the weights go, as safetensors.")] = Path("weights.safetensors"),
+    report: Annotated[Path | None, typer.Option(help="Where the report goes, as JSON.")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Training samples to compute the weights from.")] = 2000,
+    code: Annotated[str, typer.Option(help="The latent code; see sylinit.CODES.")] = "mixed",
+    encoding_weight: Annotated[float, typer.Option(help="Lambda: encoding against decoding.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the samples and of everything random.")] = 0,
+) -> None:
+    """Compute the weights of MODEL from DATA and write them to a file."""
+    import torch
+    from safetensors.torch import save_model
+
+    import sylinit
+    from sylinit.study.data import load
+    from sylinit.study.models import build
+
+    for path in filter(None, (out, report)):
+        if not path.parent.is_dir():
+            raise SylinitError(f"{path}: the directory {path.parent} does not exist; create it first")
+    with _waiting("loading data"):
+        dataset = load(data)
+    torch.manual_seed(seed)
+    network = build(model, dataset.shape, dataset.classes)
+    index = torch.randperm(len(dataset.train_y), generator=torch.Generator().manual_seed(seed))[:samples]
+    batches = [(dataset.train_x[part], dataset.train_y[part]) for part in index.split(500)]
+    with _bar("layers") as progress:
+        result = sylinit.initialize_(
+            network,
+            batches,
+            code=code,
+            encoding_weight=encoding_weight,
+            generator=torch.Generator().manual_seed(seed),
+            progress=progress,
+        )
+    save_model(network, str(out))
+    console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"weights: {out}", highlight=False)
+    if report is not None:
+        result.to_json(report)
+        console.print(f"report:  {report}", highlight=False)
+
+
+@app.command(epilog="Example: [bold]sylinit compare cnn --data digits --shots 20 --seeds 3[/bold]")
+def compare(
+    model: Model,
+    data: Data,
+    shots: Annotated[int, typer.Option(min=1, help="Labelled examples a class.")] = 50,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with other examples.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples, the same for every start.")] = 20,
+    starts: Annotated[str, typer.Option(help="Comma-separated starts, or 'all'.")] = (
+        "pytorch,he-normal,xavier-normal,orthogonal,lsuv,pca-whitening,sylinit"
+    ),
+    grid: Annotated[str, typer.Option(help="Comma-separated learning rates to tune each start over.")] = "",
+    optimiser: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
+    out: Annotated[Path, typer.Option(help="Directory of the results; a rerun resumes.")] = Path("sylinit-compare"),
+    workers: Workers = None,
+) -> None:
+    """Train MODEL on DATA from each starting point and say which is best.
+
+    The learning rate of each start is tuned over one shared grid on training data that is held back; then every start
+    is trained on the same examples, seed by seed, and measured on the test set, which nothing before has read.
+    """
+    from sylinit.study.data import load
+    from sylinit.study.experiment import Experiment
+    from sylinit.study.models import build
+    from sylinit.study.runner import GRIDS, Plan
+    from sylinit.study.starts import STARTS, check_start
+
+    names = list(STARTS) if starts == "all" else [name.strip() for name in starts.split(",")]
+    for name in names:
+        check_start(name)
+    if optimiser not in GRIDS:
+        raise SylinitError(f"--optimiser {optimiser}: expected one of {', '.join(GRIDS)}")
+    rates = _numbers(grid, "--grid") if grid else GRIDS[optimiser]
+    with _waiting("loading data"):
+        dataset = load(data)
+    build(model, dataset.shape, dataset.classes)  # a model that cannot be built should say so now
+    source = str(Path(data).resolve()) if Path(data).exists() else data
+    arms = tuple(Experiment(source, model, name, shots, optimiser=optimiser, epochs=epochs) for name in names)
+    plan = Plan(arms, grid=rates, seeds=tuple(range(seeds)), workers=workers)
+    size = len(dataset.test_y)
+    console.print(
+        f"{model} on {data}: {shots} examples of each of {dataset.classes} classes, {epochs} epochs, {seeds} seeds; "
+        f"measured on {size:,} test samples ({dataset.note}).\n"
+        f"{len(plan.tuning())} runs to tune, {len(names) * seeds} to compare.",
+        highlight=False,
+    )
+    study = _run(plan, out / "results.jsonl")
+    _show(study, out / f"{model.replace(':', '-')}-{shots}", f"{model}, {shots} examples a class")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors that a user can mend are one message and exit code 1, without a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        app(given)
+    except SylinitError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]error:[/bold red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped; results of runs that ended are kept, the same command goes on from there")
+        raise SystemExit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        errors.print(
+            f"[bold red]error:[/bold red] {_escaped(f'{type(error).__name__}: {error}')} "
+            "(run again with --debug for the traceback)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(1) from None
+
+
+def _run(plan: Any, path: Path) -> Study:
+    from sylinit.study.runner import study
+    from sylinit.study.store import Store
+
+    with _bar("runs") as progress:
+        return study(plan, Store(path), progress)
+
+
+def _show(study: Study, figure: Path, title: str) -> None:
+    """Table, verdict and figures of a study that compares starts on one task."""
+    from sylinit.study.figures import before_and_after, learning_curves, save
+    from sylinit.study.summary import rows, verdict
+
+    found = rows(study)
+    console.print(_table(found, title))
+    console.print(verdict(found), highlight=False, markup=False)
+    files = save(before_and_after(found, title), figure)
+    files += save(learning_curves(found, title), figure.with_name(figure.name + "-curves"))
+    console.print("figures: " + ", ".join(str(file) for file in files if file.suffix == ".png"), soft_wrap=True)
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
+    from sylinit.study.summary import ranked
+
+    table = Table(title=f"{title}: test accuracy (%) ± 95 % interval over seeds", title_justify="left")
+    table.add_column("start", no_wrap=True)
+    for column in ("before", "after", "mean", "lr", "init s", "all s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for place, row in enumerate(ranked(rows)):
+        after = row.interval("after").percent() + (f" ({row.diverged} diverged)" if row.diverged else "")
+        table.add_row(
+            row.label,
+            row.interval("before").percent(),
+            after,
+            row.interval("area").percent(),
+            f"{row.lr:g}" + (" *" if row.at_edge else ""),
+            f"{row.interval('init_seconds').mean:.2f}",
+            f"{row.interval('total_seconds').mean:.1f}",
+            style="bold" if not place else None,
+        )
+    table.caption = "before, after and mean over training; lr chosen on held-back data (* the grid's first or last)"
+    table.caption_justify = "left"
+    return table
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar that shows itself only once the work has taken `PATIENCE` seconds and is not over."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+    )
+    began, task = time.monotonic(), bar.add_task("", total=None)
+
+    def update(done: int, total: int, name: str) -> None:
+        bar.update(task, completed=done, total=total, description=_escaped(name))
+        if not bar.live.is_started and done < total and time.monotonic() - began > PATIENCE:
+            bar.start()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    with errors.status(what):
+        yield
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        values = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise SylinitError(f"{option} {text}: expected numbers with commas between them, such as 0.03,0.1") from None
+    if not all(value > 0 for value in values):
+        raise SylinitError(f"{option} {text}: learning rates must be positive")
+    return values
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,164 @@
+"""Figures that a person can read: labels at the lines, colours for colour-blind eyes, bands for uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sylinit.study.statistics import Interval, interval
+from sylinit.study.summary import Row, ranked
+
+OURS = "#D55E00"
+OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#555555", "#7F3C8D", "#000000")
+MARKERS = "osD^vP*Xh<>"
+
+TITLES = {
+    "before": "accuracy before training (%)",
+    "after": "accuracy after training (%)",
+    "area": "mean accuracy over training (%)",
+    "init_seconds": "seconds to initialise",
+    "forward_passes": "cost in forward passes",
+    "extra_bytes": "extra memory (MB)",
+}
+SCALES = {"before": 100.0, "after": 100.0, "area": 100.0, "extra_bytes": 1e-6}
+
+
+def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each label: sylinit stands out, the same label looks the same in every figure."""
+    found: dict[str, dict[str, Any]] = {}
+    others = 0
+    for index, label in enumerate(labels):
+        if label == "sylinit":
+            found[label] = {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}
+        else:
+            found[label] = {"color": OTHERS[others % len(OTHERS)], "marker": MARKERS[(index + 1) % len(MARKERS)]}
+            others += 1
+    return found
+
+
+def before_and_after(rows: Sequence[Row], title: str) -> Figure:
+    """One line a method: accuracy before (hollow) and after training (full), with 95 % intervals."""
+    ordered = ranked(rows)[::-1]
+    figure = Figure(figsize=(7.5, 1.6 + 0.38 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    looks = style([row.label for row in rows])
+    for place, row in enumerate(ordered):
+        colour = looks[row.label]["color"]
+        before, after = row.interval("before"), row.interval("after")
+        axes.plot([100 * before.mean, 100 * after.mean], [place, place], color=colour, alpha=0.3, linewidth=2)
+        for value, face in ((before, "white"), (after, colour)):
+            axes.errorbar(
+                100 * value.mean, place, xerr=_half(value, 100), fmt="o", color=colour, markerfacecolor=face, capsize=3
+            )
+        axes.annotate(
+            f"{100 * after.mean:.1f}", (100 * (after.mean + (_half(after, 1) or 0)), place), xytext=(6, -3),
+            textcoords="offset points", color=colour, fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(range(len(ordered)), [row.label for row in ordered])
+    axes.set(title=title, ylim=(-0.7, len(ordered) - 0.3), xlim=(0, None))
+    axes.set_xlabel("test accuracy (%): hollow before any training, full after; bars are 95 % intervals over seeds")
+    axes.margins(x=0.12)
+    _plain(axes, "x")
+    return figure
+
+
+def learning_curves(rows: Sequence[Row], title: str) -> Figure:
+    """Accuracy over epochs, the mean of the seeds with a 95 % band."""
+    series: dict[str, list[tuple[float, Interval]]] = {}
+    for row in rows:
+        curves = [dict(map(tuple, record.result["curve"])) for record in row.records]
+        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        series[row.label] = [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
+    return lines(series, title, "epoch", "after", ylabel="accuracy (%)")
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, Interval]]],
+    title: str,
+    xlabel: str,
+    metric: str,
+    *,
+    log: bool = False,
+    ylabel: str | None = None,
+) -> Figure:
+    """A line a label, named at its right end, with a 95 % band."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    scale, looks = SCALES.get(metric, 1.0), style(list(series))
+    ends = []
+    for label, points in series.items():
+        x = [p for p, _ in points]
+        y = [scale * value.mean for _, value in points]
+        axes.plot(x, y, markersize=4, **looks[label])
+        halves = [_half(value, scale) or 0.0 for _, value in points]
+        low, high = ([v + sign * h for v, h in zip(y, halves, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.12, linewidth=0)
+        ends.append((y[-1], x[-1], label))
+    if log:
+        axes.set_xscale("log")
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+    if scale == 1.0:
+        axes.set_yscale("log")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel or TITLES.get(metric, metric))
+    _plain(axes, "both")
+    _name_ends(axes, ends, looks)
+    return figure
+
+
+def _name_ends(axes: Axes, ends: list[tuple[float, float, str]], looks: Mapping[str, dict[str, Any]]) -> None:
+    """Write each label beside the right end of its line, pushed apart where lines end close together."""
+    to_display, height = axes.transData, axes.get_window_extent().height
+    placed = float("-inf")
+    for y, x, label in sorted(ends):
+        at = to_display.transform((x, y))[1]
+        placed = max(at, placed + max(12.0, 0.035 * height))
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(8, placed - at - 3),
+            textcoords="offset pixels",
+            color=looks[label]["color"],
+            fontsize=9,
+            annotation_clip=False,
+        )
+
+
+def bars(rows: Sequence[Row], metric: str, title: str) -> Figure:
+    """One point a method with its 95 % interval."""
+    ordered = ranked(rows, metric)[::-1]
+    figure = Figure(figsize=(7.5, 1.6 + 0.36 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    looks, scale = style([row.label for row in rows]), SCALES.get(metric, 1.0)
+    for place, row in enumerate(ordered):
+        value = row.interval(metric)
+        axes.errorbar(
+            scale * value.mean, place, xerr=_half(value, scale), fmt="o", color=looks[row.label]["color"], capsize=3
+        )
+    axes.set_yticks(range(len(ordered)), [row.label for row in ordered])
+    axes.set(title=title, xlabel=f"{TITLES.get(metric, metric)}, 95 % intervals")
+    _plain(axes, "x")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write ``path.png`` and ``path.svg`` and return both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
+    for target in written:
+        figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
+    return written
+
+
+def _half(value: Interval, scale: float) -> float | None:
+    return None if value.half != value.half else scale * value.half
+
+
+def _plain(axes: Axes, axis: Any) -> None:
+    axes.grid(alpha=0.3, axis=axis)
+    axes.spines[["top", "right"]].set_visible(False)
