@@ -169,8 +169,8 @@ class ConvView(View):
     def _measure(self, weight: Tensor) -> None:
         self.groups = self.module.groups
         self.units = self.module.out_channels // self.groups
-        self._channels = self.module.in_channels // self.groups
-        self.dim = self._channels * math.prod(self.module.kernel_size)
+        self.channels = self.module.in_channels // self.groups
+        self.dim = self.channels * math.prod(self.module.kernel_size)
 
     def positions(self, x: Any) -> Shape:
         """Output positions."""
@@ -192,7 +192,7 @@ class ConvView(View):
         patches = images.flatten(2)[sample.unsqueeze(1), :, taps]  # [n, K, C]
         if self._reads_zeros:
             patches.masked_fill_(~inside.unsqueeze(2), 0)
-        patches = patches.unflatten(2, (self.groups, self._channels))
+        patches = patches.unflatten(2, (self.groups, self.channels))
         return patches.permute(2, 0, 3, 1).reshape(self.groups, len(index), self.dim)
 
     def images(self, x: Any) -> Tensor:
@@ -289,11 +289,11 @@ class ConvTransposeView(ConvView):
         return source.masked_fill(distance % conv.stride[axis] != 0, -1)
 
     def _pack(self, parameter: Tensor) -> Tensor:
-        split = parameter.reshape(self.groups, self._channels, self.units, -1)
+        split = parameter.reshape(self.groups, self.channels, self.units, -1)
         return split.transpose(1, 2).reshape(self.groups, self.units, self.dim)
 
     def _unpack(self, weight: Tensor, shape: torch.Size) -> Tensor:
-        split = weight.reshape(self.groups, self.units, self._channels, -1)
+        split = weight.reshape(self.groups, self.units, self.channels, -1)
         return split.transpose(1, 2).reshape(shape)
 
 
@@ -504,7 +504,7 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     if not parametrize.is_parametrized(module, name):
         old.copy_(value)
         return
-    value = value.to(dtype=old.dtype, device=old.device, copy=True)
+    value = value.to(old)
     # A norm has no direction at zero: zeros become numbers too small to be seen beside the others.
     precision, largest = torch.finfo(old.dtype).eps, value.abs().max()
     value = torch.where(value == 0, precision**2 * largest, value)

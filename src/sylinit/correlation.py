@@ -1,0 +1,211 @@
+"""The exact second moment of all patches of a convolution, without unfolding its input.
+
+At stride 1 the block of ``sum x x^T`` (x: patches) for the taps a and b of the kernel is
+
+    block(a, b) = sum over u in window(a) of z(u) z(u + b - a)^T
+
+where z is the input, zero outside, and window(a) holds the positions that tap a reads.
+
+The windows of different taps differ at the rim only. So the sum over *all* u is formed once for every distinct offset
+``b - a`` (13 instead of 81 products for a 3x3 kernel, mirror images left out), and what a window leaves out is taken
+off again:
+
+    1[u in window(a)] = prod over axes of (1 - sum over e that a leaves out on that axis of 1[u = e])
+
+which expands into *strips*: everything, single rows, single columns, and the corners where they cross.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sylinit.moments import CHUNK, Moments
+from sylinit.views import ConvTransposeView, ConvView, View
+
+Strip = tuple[int | slice, ...]
+"""For each axis one position, or all of them."""
+
+ALL = slice(None)
+
+
+@torch.no_grad()
+def patch_moments(view: View, x: Any, targets: Tensor | None = None) -> Moments:
+    """The moments of all rows of a view, in memory that does not grow with their number.
+
+    Args:
+        view: of any layer; convolutions go the short way where it `pays`.
+        x: what `View.input` returned.
+        targets: ``[samples, c]``, shared by all positions of a sample.
+
+    Returns:
+        The moments of ``[1, x, t]``, exact to float64 rounding.
+    """
+    samples, positions = view.positions(x)
+    if targets is None:
+        targets = torch.zeros(samples, 0, device=(x[0] if isinstance(x, tuple) else x).device)
+    if isinstance(view, ConvView) and pays(view):
+        return correlate(view, x, targets.double())
+    return stream(view, x, targets, math.prod(positions))
+
+
+def pays(view: ConvView) -> bool:
+    """Whether `correlate` serves a convolution, and faster than `stream`."""
+    conv = view.module
+    at_stride_one = not isinstance(view, ConvTransposeView) and set(conv.stride) == {1}
+    return at_stride_one and math.prod(conv.kernel_size) > 1 and view.channels >= 16
+
+
+def stream(view: View, x: Any, targets: Tensor, positions: int) -> Moments:
+    """The moments of all rows, from some rows at a time."""
+    sums = Moments.zeros(view.groups, view.dim, targets.shape[1], targets.device)
+    total, step = len(targets) * positions, max(1, CHUNK // (view.groups * view.dim))
+    for start in range(0, total, step):
+        index = torch.arange(start, min(start + step, total), device=targets.device)
+        sums.update(view.rows(x, index), targets[index // positions])
+    return sums
+
+
+def correlate(view: ConvView, x: Tensor, targets: Tensor) -> Moments:
+    """The moments of all patches at stride 1, from the correlations of the input with itself."""
+    images, windows = _images(view, x)
+    taps, channels = len(windows.taps), view.channels
+    first = images.new_zeros(taps, view.groups, channels, 1 + targets.shape[1], dtype=torch.float64)
+    second = images.new_zeros(taps, taps, view.groups, channels, channels, dtype=torch.float64)
+    shared = torch.cat([torch.ones_like(targets[:, :1]), targets], 1)  # [1, t]
+    step = max(1, CHUNK // (images.shape[1] * math.prod(windows.room)))
+    for start in range(0, len(images), step):
+        field = _Field(images[start : start + step], view.groups, windows)
+        for strip in windows.strips:
+            signs = windows.signs(strip)
+            part = field.sums(strip).mT @ shared[start : start + step]
+            for tap, sign in signs.items():
+                first[tap] += sign * part
+            for offset, pairs in windows.pairs.items():
+                mine = [(a, b) for a, b in pairs if a in signs]
+                if mine:
+                    block = field.correlation(strip, offset)
+                for a, b in mine:
+                    second[a, b] += signs[a] * block
+    for a, b in combinations(range(taps), 2):
+        second[b, a] = second[a, b].mT
+    first = first.permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
+    places = math.prod(view.places(x))
+    return Moments(
+        count=first.new_tensor(len(images) * places),
+        sum_x=first[:, :, 0],
+        sum_t=places * targets.sum(0),
+        xx=second.permute(2, 3, 0, 4, 1).reshape(view.groups, view.dim, view.dim),
+        xt=first[:, :, 1:],
+        tt=places * (targets.T @ targets),
+    )
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Which input positions each tap of a kernel reads at stride 1.
+
+    Attributes:
+        sizes: of the input, by axis.
+        places: number of output positions, by axis.
+        starts: for each axis, the first position that each tap along it reads (negative: in the padding).
+    """
+
+    sizes: tuple[int, ...]
+    places: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+    @property
+    def taps(self) -> list[tuple[int, ...]]:
+        """The taps of the kernel by where their windows start."""
+        return list(product(*self.starts))
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Each axis with so many zeros behind it that a shift by any offset never meets the next line."""
+        return tuple(size + starts[-1] - starts[0] for size, starts in zip(self.sizes, self.starts, strict=True))
+
+    @property
+    def pairs(self) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+        """All pairs of taps a <= b by their offset b - a."""
+        found = defaultdict(list)
+        for (a, of_a), (b, of_b) in combinations_with_replacement(enumerate(self.taps), 2):
+            found[tuple(there - here for here, there in zip(of_a, of_b, strict=True))].append((a, b))
+        return found
+
+    @property
+    def strips(self) -> list[Strip]:
+        """Everything, and all that any tap leaves out."""
+        choices: list[list[int | slice]] = []
+        for axis, (size, starts) in enumerate(zip(self.sizes, self.starts, strict=True)):
+            rim = [e for e in range(size) if any(self._left_out(axis, start, e) for start in starts)]
+            choices.append([ALL, *rim])
+        return list(product(*choices))
+
+    def signs(self, strip: Strip) -> dict[int, int]:
+        """By tap, how its window counts a strip; the taps that do not are missing."""
+        signs = {}
+        for number, tap in enumerate(self.taps):
+            named = [(axis, start, e) for axis, (start, e) in enumerate(zip(tap, strip, strict=True)) if e != ALL]
+            if all(self._left_out(*one) for one in named):
+                signs[number] = (-1) ** len(named)
+        return signs
+
+    def _left_out(self, axis: int, start: int, e: int | slice) -> bool:
+        return e not in range(start, start + self.places[axis])
+
+
+class _Field:
+    """Some images in float64 as one long line of pixels ``[g, n, channels]``, with zeros where a shift may lead.
+
+    A shift of all images is then a shift along the line: both factors of a correlation are views of the same memory.
+    """
+
+    def __init__(self, images: Tensor, groups: int, windows: _Windows) -> None:
+        shape = (len(images), *windows.room)
+        self._steps = [math.prod(shape[axis + 2 :]) for axis in range(len(windows.room))]
+        self._shape = shape
+        self._pixels = math.prod(shape)
+        channels = images.shape[1] // groups
+        beyond = math.prod(windows.room)
+        self._line = images.new_zeros(groups, self._pixels + beyond, channels, dtype=torch.float64)
+        inner = tuple(slice(size) for size in windows.sizes)
+        self._part(inner, 0).copy_(images.unflatten(1, (groups, channels)).movedim(2, -1).movedim(1, 0))
+
+    def sums(self, strip: Strip) -> Tensor:
+        """``[g, samples, channels]``: each sample's sum over a strip."""
+        chosen = self._part(strip, 0)
+        return chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1]).sum(2)
+
+    def correlation(self, strip: Strip, offset: tuple[int, ...]) -> Tensor:
+        """``[g, channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
+        shift = sum(one * step for one, step in zip(offset, self._steps, strict=True))
+        here, there = (self._part(strip, by).flatten(1, -2) for by in (0, shift))
+        return here.mT @ there
+
+    def _part(self, strip: Strip, shift: int) -> Tensor:
+        """``[g, samples, ..., channels]``: a strip of all images, shifted along the line."""
+        whole = self._line[:, shift : shift + self._pixels].unflatten(1, self._shape)
+        here = (ALL, ALL, *strip)
+        return whole[here]
+
+
+def _images(view: ConvView, x: Tensor) -> tuple[Tensor, _Windows]:
+    """The images, padded unless with zeros, and the windows of the taps in them."""
+    images, conv = view.images(x), view.module
+    axes = range(len(conv.kernel_size))
+    before = [view.padding(axis)[0] for axis in axes]
+    if conv.padding_mode != "zeros":
+        for axis in axes:
+            size = images.shape[2 + axis]
+            padded = torch.arange(size + sum(view.padding(axis)), device=images.device)
+            images = images.index_select(2 + axis, view.sources(padded, size, axis)[:, 0])
+        before = [0 for _ in axes]
+    starts = [[tap * conv.dilation[axis] - before[axis] for tap in range(conv.kernel_size[axis])] for axis in axes]
+    return images, _Windows(tuple(images.shape[2:]), view.places(x), tuple(tuple(line) for line in starts))
