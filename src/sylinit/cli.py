@@ -16,7 +16,14 @@ from sylinit.errors import SylinitError
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
 except ImportError as missing:  # pragma: no cover
     raise SystemExit(f"the sylinit command needs more packages: pip install 'sylinit[study]' ({missing})") from missing
@@ -81,7 +88,7 @@ def demo(
     from sylinit.study.runner import Plan
 
     names = ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit")
-    arms = tuple(Experiment("digits", "mlp", name, shots, epochs=20) for name in names)
+    arms = tuple(Experiment("digits", "mlp", name, shots, epochs=20, setting=(("points", 20),)) for name in names)
     plan = Plan(arms, grid=(0.003, 0.01, 0.03, 0.1), seeds=tuple(range(seeds)), workers=workers)
     console.print(f"Handwritten digits, {shots} examples of each, {seeds} seeds; a perceptron of three layers.")
     study = _run(plan, out / "results.jsonl")
@@ -182,6 +189,61 @@ def compare(
     _show(study, out / f"{model.replace(':', '-')}-{shots}", f"{model}, {shots} examples a class")
 
 
+@app.command(epilog="Examples: [bold]sylinit study fewshot --quick[/bold], then [bold]sylinit study report[/bold]")
+def study(
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET",
+            help="fewshot, scratch, finetune, codes, lambda, samples, time, learning-rate; "
+            "or report, which collects all results into one page.",
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="A small version, to try it.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory of the results; a rerun resumes.")] = Path("sylinit-study"),
+    cifar10: Annotated[str, typer.Option(help="Local copy of CIFAR-10; by default from the hub.")] = "",
+    fashion_mnist: Annotated[str, typer.Option(help="Local copy of Fashion-MNIST; by default from the hub.")] = "",
+    workers: Workers = None,
+) -> None:
+    """Answer one question about starts from data, or write the page of all answers."""
+    import difflib
+    from dataclasses import replace
+
+    from sylinit.study.figures import save
+    from sylinit.study.page import panels, results_file, write_page
+    from sylinit.study.presets import PRESETS
+
+    if preset == "report":
+        with _waiting("drawing"):
+            page = write_page(out)
+        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+        return
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, [*PRESETS, "report"], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SylinitError(f"study {preset!r}: expected {', '.join(PRESETS)} or report{hint}")
+    for name, copy in (("CIFAR10", cifar10), ("FASHION_MNIST", fashion_mnist)):
+        if copy:  # worker processes inherit it
+            os.environ[f"SYLINIT_{name}"] = str(Path(copy).resolve()) if Path(copy).exists() else copy
+    chosen = PRESETS[preset]
+    plan = chosen.plan(quick)
+    plan = replace(plan, workers=workers) if workers else plan
+    console.print(f"{chosen.question} {len(plan.tuning())} runs to tune, {len(plan.arms) * len(plan.seeds)} to report.")
+    path = results_file(out, chosen, quick)
+    for number, panel in enumerate(panels(chosen, _run(plan, path))):
+        table = Table(title=panel.title, title_justify="left")
+        for place, name in enumerate(panel.header):
+            table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+        for cells in panel.cells:
+            table.add_row(*cells)
+        console.print(table)
+        for remark in panel.remarks:
+            console.print(remark, highlight=False, markup=False)
+        for name, figure in panel.figures:
+            save(figure, out / "figures" / f"{path.stem}-{number}-{name}")
+    console.print(f"figures: {out / 'figures'}; page of all results: sylinit study report --out {out}", soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can mend are one message and exit code 1, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -210,11 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(plan: Any, path: Path) -> Study:
-    from sylinit.study.runner import study
+    from sylinit.study.runner import run_study
     from sylinit.study.store import Store
 
     with _bar("runs") as progress:
-        return study(plan, Store(path), progress)
+        return run_study(plan, Store(path), progress)
 
 
 def _show(study: Study, figure: Path, title: str) -> None:

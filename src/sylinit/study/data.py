@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,8 +235,11 @@ def _from_datasets(source: str) -> _Raw:
 
     if Path(source).is_dir() and not any(Path(source).iterdir()):
         raise SylinitError(f"--data {source}: the directory is empty")
-    verbosity = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    # what goes wrong is said once, below, not by each retry
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         parts = datasets.load_dataset(source)
@@ -246,7 +250,8 @@ def _from_datasets(source: str) -> _Raw:
             f"({type(error).__name__}: {reason})"
         ) from error
     finally:
-        datasets.utils.logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     train = parts["train"] if "train" in parts else parts[next(iter(parts))]
     test = next((parts[name] for name in ("test", "validation", "valid") if name in parts), None)
     test = None if test is train else test

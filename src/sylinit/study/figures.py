@@ -113,16 +113,19 @@ def lines(
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str]], looks: Mapping[str, dict[str, Any]]) -> None:
     """Write each label beside the right end of its line, pushed apart where lines end close together."""
-    to_display, height = axes.transData, axes.get_window_extent().height
-    placed = float("-inf")
-    for y, x, label in sorted(ends):
-        at = to_display.transform((x, y))[1]
-        placed = max(at, placed + max(12.0, 0.035 * height))
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # the layout must be known
+    point = axes.figure.dpi / 72
+    wanted = [(axes.transData.transform((x, y))[1] / point, x, y, label) for y, x, label in sorted(ends)]
+    placed: list[float] = []
+    for height, *_ in wanted:
+        placed.append(max(height, placed[-1] + 11) if placed else height)
+    shift = sum(p - height for p, (height, *_) in zip(placed, wanted, strict=True)) / len(wanted)
+    for p, (height, x, y, label) in zip(placed, wanted, strict=True):
         axes.annotate(
             label,
             (x, y),
-            xytext=(8, placed - at - 3),
-            textcoords="offset pixels",
+            xytext=(8, p - shift - height - 3),
+            textcoords="offset points",
             color=looks[label]["color"],
             fontsize=9,
             annotation_clip=False,

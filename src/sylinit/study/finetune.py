@@ -166,7 +166,7 @@ def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: flo
         value.backward()
         return value
 
-    optimiser.step(loss)  # type: ignore[arg-type]
+    optimiser.step(loss)
     with torch.no_grad():
         head.weight.copy_(weight / std)
         head.bias.copy_(bias - (weight / std) @ mean)

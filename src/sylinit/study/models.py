@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ Factory = Callable[[tuple[int, ...], int], nn.Module]
 def mlp(shape: tuple[int, ...], classes: int, widths: Sequence[int] = (256, 128)) -> nn.Module:
     """Fully connected layers with ReLU between them."""
     sizes = [math.prod(shape), *widths]
-    hidden = [m for a, b in zip(sizes[:-1], sizes[1:], strict=True) for m in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 

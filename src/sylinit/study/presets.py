@@ -14,6 +14,17 @@ from sylinit.study.starts import STARTS
 Pairs = tuple[tuple[str, Any], ...]
 
 
+def field(name: str) -> Callable[[Experiment], tuple[str, Any]]:
+    """The axis of one field or option."""
+    return lambda experiment: (name, experiment.get(name))
+
+
+def swept(experiment: Experiment) -> tuple[str, Any]:
+    """The axis of a study that varies one thing at a time: the setting's, or whichever option there is."""
+    name = experiment.get("sweep") or experiment.options[0][0]
+    return name, experiment.get(name)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A question, the plan that answers it and how the answer is drawn.
@@ -22,17 +33,15 @@ class Preset:
         name: on the command line.
         question: for people.
         plan: of the full study (``False``) or of one small enough to try (``True``).
-        x: the field, option or setting on the horizontal axis; None draws one row a method.
+        axis: name and value of an experiment on the horizontal axis; None draws one row a method.
         metrics: of the result, each a figure.
-        log: whether the horizontal axis is logarithmic.
     """
 
     name: str
     question: str
     plan: Callable[[bool], Plan]
-    x: str | None = None
+    axis: Callable[[Experiment], tuple[str, Any]] | None = None
     metrics: tuple[str, ...] = ("before", "after")
-    log: bool = True
 
 
 FEW = ("he-normal", "xavier-normal", "lsuv", "sylinit")
@@ -75,12 +84,14 @@ def finetune(quick: bool) -> Plan:
     small = (("source", "digits"), ("pretrain_classes", "0-4"), ("classes", "5-9"), ("pretrain_epochs", 5))
     cells = [("digits", small)] if quick else [("cifar10", near), ("digits", far)]
     arms = [
-        Experiment(data, "cnn", head, shots, epochs=10 if quick else epochs_for(shots), task="finetune", setting=setting)
+        Experiment(
+            data, "cnn", head, shots, epochs=10 if quick else epochs_for(shots), task="finetune", setting=setting
+        )
         for data, setting in cells
         for shots in ((10,) if quick else (10, 20, 50))
         for head in HEADS
     ]
-    grid = QUICK_GRID if quick else (0.003, 0.01, 0.03, 0.1)
+    grid = (0.003, 0.01) if quick else (0.001, 0.003, 0.01, 0.03, 0.1)
     return replace(_plan(arms, quick, seeds=5), grid=grid)
 
 
@@ -118,8 +129,16 @@ def timing(quick: bool) -> Plan:
     if not quick:
         starts[1:1] = [("sylinit", (("code", code),)) for code in ("pca", "label", "kmeans")]
     arms = [
-        Experiment("synthetic", "mlp", start, options=options, lr=0.0, epochs=0, task="time",
-                   setting=(("sweep", sweep), *({**middle, sweep: value}).items()))
+        Experiment(
+            "synthetic",
+            "mlp",
+            start,
+            options=options,
+            lr=0.0,
+            epochs=0,
+            task="time",
+            setting=(("sweep", sweep), *({**middle, sweep: value}).items()),
+        )
         for sweep, values in sweeps.items()
         for value in values
         for start, options in starts
@@ -158,16 +177,20 @@ def _plan(arms: list[Experiment], quick: bool, *, seeds: int) -> Plan:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("fewshot", "What is a start from data worth with few labels?", fewshot, "shots", ("before", "after", "area")),
-        Preset("scratch", "Does it help on the full training set?", scratch, metrics=("after", "area")),
-        Preset("finetune", "Does it help a pretrained network to learn new classes?", finetune, "shots"),
-        Preset("codes", "Which latent code is best?", codes),
-        Preset("lambda", "How much should encoding weigh against decoding?", encoding_weight, "encoding_weight"),
-        Preset("samples", "How many samples and rows does it need?", samples),
         Preset(
-            "time", "What does it cost?", timing, "size", ("init_seconds", "forward_passes", "extra_bytes")
+            "fewshot",
+            "What is a start from data worth when labels are few?",
+            fewshot,
+            field("shots"),
+            ("before", "after", "area"),
         ),
-        Preset("learning-rate", "Is it good at any learning rate?", learning_rate, "lr", ("after",)),
+        Preset("scratch", "Does it help on the full training set?", scratch, metrics=("after", "area")),
+        Preset("finetune", "Does it help a pretrained network to learn new classes?", finetune, field("shots")),
+        Preset("codes", "Which latent code is best?", codes),
+        Preset("lambda", "How much should encoding weigh against decoding?", encoding_weight, field("encoding_weight")),
+        Preset("samples", "How many samples and rows does it need?", samples, swept),
+        Preset("time", "What does it cost?", timing, swept, ("init_seconds", "forward_passes", "extra_bytes")),
+        Preset("learning-rate", "Is it good at any learning rate?", learning_rate, field("lr"), ("after",)),
     )
 }
 """Every preset by name."""

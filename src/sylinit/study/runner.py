@@ -95,7 +95,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     return TASKS[experiment.task](experiment)
 
 
-def study(plan: Plan, store: Store, progress: Progress | None = None) -> Study:
+def run_study(plan: Plan, store: Store, progress: Progress | None = None) -> Study:
     """Tune each arm on held-back training data, then run it on every seed with the rate that was best.
 
     Runs that the store already holds are not run again.
@@ -130,7 +130,9 @@ def choose(plan: Plan, records: Iterable[Record]) -> dict[Experiment, float]:
         by_rate.setdefault(record.experiment.lr, []).append(record.result["after"])
     means = {m: {lr: math.fsum(v) / len(v) for lr, v in rates.items()} for m, rates in scores.items()}
     return {
-        method: min(rates, key=lambda lr: (-rates[lr], lr)) for method, rates in means.items() if len(rates) == len(plan.grid)
+        method: min(rates, key=lambda lr: (-rates[lr], lr))
+        for method, rates in means.items()
+        if len(rates) == len(plan.grid)
     }
 
 
@@ -176,11 +178,14 @@ def execute(
 
 def prepare(experiments: Iterable[Experiment]) -> None:
     """Do once, here, what the workers would otherwise all do at the same moment: decode data, pretrain."""
+    experiments = [e for e in experiments if e.task != "time"]  # which makes its own data
     for source in {e.dataset for e in experiments}:
         load(source)
     from sylinit.study.finetune import pretrained
 
-    for experiment in {replace(e.method, start="", options=()): e for e in experiments if e.task == "finetune"}.values():
+    for experiment in {
+        replace(e.method, start="", options=()): e for e in experiments if e.task == "finetune"
+    }.values():
         pretrained(experiment)
 
 
@@ -228,7 +233,11 @@ def recipe(experiment: Experiment, shape: tuple[int, ...]) -> Recipe:
     """How an experiment trains. Colour images are mirrored; digits and letters must not be."""
     fields = {f.name for f in dataclasses.fields(Recipe)}
     given = {key: value for key, value in experiment.setting if key in fields}
-    values = {"flip": len(shape) == 3 and shape[0] == 3, "points": 1 if experiment.split == "validation" else 5, **given}
+    values = {
+        "flip": len(shape) == 3 and shape[0] == 3,
+        "points": 1 if experiment.split == "validation" else 5,
+        **given,
+    }
     return Recipe(lr=experiment.lr, optimiser=experiment.optimiser, epochs=experiment.epochs, **values)
 
 

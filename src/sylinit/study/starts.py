@@ -179,7 +179,7 @@ def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, budget: int = 20_000) -> T
     padding = layer.padding if isinstance(layer.padding, tuple) else half if layer.padding == "same" else (0, 0)
     rows = []
     for images in x.split(50):
-        unfolded = F.unfold(images, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
+        unfolded = F.unfold(images, layer.kernel_size, layer.dilation, padding, layer.stride)
         keep = torch.randperm(unfolded.shape[-1])[: max(1, budget // len(x))].to(x.device)
         rows.append(unfolded[:, :, keep].transpose(1, 2).flatten(0, 1))
     return torch.cat(rows).unflatten(1, (layer.groups, -1))
@@ -200,7 +200,9 @@ def _whitened(rows: Tensor, units: int, *, pca: bool) -> Tensor:
 
 def _adopt_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Running mean and variance of a normalisation are those of the input at hand."""
-    assert isinstance(norm, _NormBase) and norm.running_mean is not None and norm.running_var is not None
+    assert isinstance(norm, _NormBase)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
     variance, mean = torch.var_mean(inputs[0], dim=axes)
     norm.running_mean.copy_(mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +156,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def area_under(curve: list[tuple[float, float]]) -> float:
     """Mean height of a curve of ``(epoch, accuracy)`` points over its epochs, by trapezoids."""
-    pieces = [(b - a) * (p + q) / 2 for (a, p), (b, q) in zip(curve[:-1], curve[1:], strict=True)]
+    pieces = [(b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(curve)]
     length = curve[-1][0] - curve[0][0]
     return sum(pieces) / length if length else curve[-1][1]
 
