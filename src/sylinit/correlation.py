@@ -50,16 +50,22 @@ def patch_moments(view: View, x: Any, targets: Tensor | None = None) -> Moments:
     samples, positions = view.positions(x)
     if targets is None:
         targets = torch.zeros(samples, 0, device=(x[0] if isinstance(x, tuple) else x).device)
-    if isinstance(view, ConvView) and pays(view):
+    if isinstance(view, ConvView) and pays(view, x):
         return correlate(view, x, targets.double())
     return stream(view, x, targets, math.prod(positions))
 
 
-def pays(view: ConvView) -> bool:
-    """Whether `correlate` serves a convolution, and faster than `stream`."""
+def pays(view: ConvView, x: Any) -> bool:
+    """Whether `correlate` serves a convolution, and in less time than `stream`.
+
+    Measured on a CPU, 1 to 512 channels: 1.2 to 8 times faster, except for tiny images, which are mostly rim, and for
+    kernels of very many taps, whose many small products take longer than one large one.
+    """
     conv = view.module
-    at_stride_one = not isinstance(view, ConvTransposeView) and set(conv.stride) == {1}
-    return at_stride_one and math.prod(conv.kernel_size) > 1 and view.channels >= 16
+    if isinstance(view, ConvTransposeView) or set(conv.stride) != {1}:
+        return False
+    windows = _windows(view, x)
+    return len(windows.taps) <= 32 and math.prod(windows.room) <= 3 * math.prod(windows.places)
 
 
 def stream(view: View, x: Any, targets: Tensor, positions: int) -> Moments:
@@ -74,25 +80,27 @@ def stream(view: View, x: Any, targets: Tensor, positions: int) -> Moments:
 
 def correlate(view: ConvView, x: Tensor, targets: Tensor) -> Moments:
     """The moments of all patches at stride 1, from the correlations of the input with itself."""
-    images, windows = _images(view, x)
+    images, windows = view.images(x), _windows(view, x)
     taps, channels = len(windows.taps), view.channels
     first = images.new_zeros(taps, view.groups, channels, 1 + targets.shape[1], dtype=torch.float64)
-    second = images.new_zeros(taps, taps, view.groups, channels, channels, dtype=torch.float64)
-    shared = torch.cat([torch.ones_like(targets[:, :1]), targets], 1)  # [1, t]
+    xx = images.new_zeros(view.groups, channels, taps, channels, taps, dtype=torch.float64)
+    second = xx.permute(2, 4, 0, 1, 3)
+    shared = torch.cat([targets.new_ones(len(targets), 1), targets], 1)  # [1, t]
+    strips = [(strip, windows.signs(strip)) for strip in windows.strips]
+    offsets = windows.pairs.items()
     step = max(1, CHUNK // (images.shape[1] * math.prod(windows.room)))
     for start in range(0, len(images), step):
-        field = _Field(images[start : start + step], view.groups, windows)
-        for strip in windows.strips:
-            signs = windows.signs(strip)
+        field = _Field(_padded(view, images[start : start + step]), view.groups, windows)
+        for strip, signs in strips:
             part = field.sums(strip).mT @ shared[start : start + step]
             for tap, sign in signs.items():
                 first[tap] += sign * part
-            for offset, pairs in windows.pairs.items():
+            for offset, pairs in offsets:
                 mine = [(a, b) for a, b in pairs if a in signs]
-                if mine:
+                if mine and windows.meets(strip, offset):
                     block = field.correlation(strip, offset)
-                for a, b in mine:
-                    second[a, b] += signs[a] * block
+                    for a, b in mine:
+                        second[a, b] += signs[a] * block
     for a, b in combinations(range(taps), 2):
         second[b, a] = second[a, b].mT
     first = first.permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
@@ -101,7 +109,7 @@ def correlate(view: ConvView, x: Tensor, targets: Tensor) -> Moments:
         count=first.new_tensor(len(images) * places),
         sum_x=first[:, :, 0],
         sum_t=places * targets.sum(0),
-        xx=second.permute(2, 3, 0, 4, 1).reshape(view.groups, view.dim, view.dim),
+        xx=xx.view(view.groups, view.dim, view.dim),
         xt=first[:, :, 1:],
         tt=places * (targets.T @ targets),
     )
@@ -157,6 +165,13 @@ class _Windows:
                 signs[number] = (-1) ** len(named)
         return signs
 
+    def meets(self, strip: Strip, offset: tuple[int, ...]) -> bool:
+        """Whether a strip is still on the image after a shift."""
+        return all(
+            isinstance(e, slice) or 0 <= e + shift < size
+            for e, shift, size in zip(strip, offset, self.sizes, strict=True)
+        )
+
     def _left_out(self, axis: int, start: int, e: int | slice) -> bool:
         return e not in range(start, start + self.places[axis])
 
@@ -196,16 +211,25 @@ class _Field:
         return whole[here]
 
 
-def _images(view: ConvView, x: Tensor) -> tuple[Tensor, _Windows]:
-    """The images, padded unless with zeros, and the windows of the taps in them."""
-    images, conv = view.images(x), view.module
-    axes = range(len(conv.kernel_size))
-    before = [view.padding(axis)[0] for axis in axes]
-    if conv.padding_mode != "zeros":
-        for axis in axes:
-            size = images.shape[2 + axis]
-            padded = torch.arange(size + sum(view.padding(axis)), device=images.device)
-            images = images.index_select(2 + axis, view.sources(padded, size, axis)[:, 0])
-        before = [0 for _ in axes]
-    starts = [[tap * conv.dilation[axis] - before[axis] for tap in range(conv.kernel_size[axis])] for axis in axes]
-    return images, _Windows(tuple(images.shape[2:]), view.places(x), tuple(tuple(line) for line in starts))
+def _padded(view: ConvView, images: Tensor) -> Tensor:
+    """The images with their padding, unless that is zeros."""
+    if view.module.padding_mode != "zeros":
+        for axis, size in enumerate(images.shape[2:]):
+            place = torch.arange(size + sum(view.padding(axis)), device=images.device)
+            images = images.index_select(2 + axis, view.sources(place, size, axis)[:, 0])
+    return images
+
+
+def _windows(view: ConvView, x: Tensor) -> _Windows:
+    """The windows of the taps in these images."""
+    conv, sizes, starts = view.module, [], []
+    for axis, size in enumerate(view.images(x).shape[2:]):
+        before, after = view.padding(axis)
+        reach = range(0, conv.dilation[axis] * conv.kernel_size[axis], conv.dilation[axis])
+        if conv.padding_mode == "zeros":
+            sizes.append(size)
+            starts.append(tuple(tap - before for tap in reach))
+        else:
+            sizes.append(before + size + after)
+            starts.append(tuple(reach))
+    return _Windows(tuple(sizes), view.places(x), tuple(starts))
