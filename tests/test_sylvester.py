@@ -19,7 +19,9 @@ def psd(size: int, rank: int, generator: torch.Generator, scale: float = 1.0) ->
     return scale * factor @ factor.T / max(1, rank)
 
 
-def system(k: int, d: int, rank_a: int, rank_b: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def system(
+    k: int, d: int, rank_a: int, rank_b: int, seed: int = 0, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """A consistent system: C lies in the range, as it does for every latent code."""
     generator = torch.Generator().manual_seed(seed)
     a, b = psd(k, rank_a, generator), psd(d, rank_b, generator, scale)

@@ -103,7 +103,7 @@ def init(
     report: Annotated[Path | None, typer.Option(help="Where the report goes, as JSON.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Training samples to compute the weights from.")] = 2000,
     code: Annotated[str, typer.Option(help="The latent code; see sylinit.CODES.")] = "mixed",
-    encoding_weight: Annotated[float, typer.Option(help="Lambda: encoding against decoding.")] = 1.0,
+    encoding_weight: Annotated[float, typer.Option(help="Lambda: encoding against decoding.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Of the samples and of everything random.")] = 0,
 ) -> None:
     """Compute the weights of MODEL from DATA and write them to a file."""

@@ -167,10 +167,13 @@ def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, whi
     alive = (axes.variances > 0).sum(1, keepdim=True)
     whiten = whitening(axes.variances).unsqueeze(1)
     component = torch.nn.functional.one_hot(rank.clamp(max=dim - 1), dim).to(axes.variances)
-    mixture = orthogonal_rows(int(rank.max()) + 1, dim, generator, axes.variances)[rank] * whiten
     if white:
         component = component * whiten
-    else:
+    last = int(rank.max())
+    if last < int(alive.min()):
+        return component
+    mixture = orthogonal_rows(last + 1, dim, generator, axes.variances)[rank] * whiten
+    if not white:
         mixture = mixture * axes.variances[:, :1, None].sqrt()
     return torch.where((rank < alive).unsqueeze(2), component, mixture)
 

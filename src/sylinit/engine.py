@@ -35,7 +35,7 @@ def initialize_(
     batches: Iterable[Any],
     *,
     code: Any = "mixed",
-    encoding_weight: float = 1.0,
+    encoding_weight: float = 4.0,
     layers: Any = None,
     head: str | None = "auto",
     rows: Rows = None,
