@@ -77,7 +77,7 @@ def solve_diagonal(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def pair_inverse(a: Tensor, b: Tensor, rtol: float | None = None) -> Tensor:
-    """``1 / (a_i + b_j)``, ``[..., k, d]``, and 0 where the sum is numerically zero; negative eigenvalues are rounding."""
+    """``1 / (a_i + b_j)``, ``[..., k, d]``, 0 where the sum is numerically zero; negative eigenvalues are rounding."""
     total = a.clamp(min=0).unsqueeze(-1) + b.clamp(min=0).unsqueeze(-2)
     rtol = max(total.shape[-2:]) * torch.finfo(total.dtype).eps if rtol is None else rtol
     regular = total > (rtol * total.amax((-2, -1), keepdim=True)).clamp(min=torch.finfo(total.dtype).tiny)
@@ -88,7 +88,7 @@ def robust_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.linalg.eigh``, in float64 and then on the CPU where it does not converge, as CUDA's float32 can fail to.
 
     Returns:
-        Ascending eigenvalues ``[..., m]`` and eigenvectors ``[..., m, m]`` in the dtype and on the device of ``matrix``.
+        Ascending eigenvalues ``[..., m]`` and eigenvectors ``[..., m, m]``, in the dtype and on the device given.
     """
     last = matrix.double().cpu
     for attempt in (lambda: matrix, matrix.double, last):

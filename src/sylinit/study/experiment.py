@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 Options = tuple[tuple[str, Any], ...]
@@ -45,7 +46,7 @@ class Experiment:
     @property
     def key(self) -> str:
         """A name that differs between experiments that differ in anything."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def method(self) -> Experiment:
@@ -63,8 +64,12 @@ class Experiment:
             return getattr(self, name)
         return dict(self.options).get(name, dict(self.setting).get(name))
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. A data set on disk goes by its own name: where it lies is no part of a result."""
+        return {**asdict(self), "dataset": Path(self.dataset).name if Path(self.dataset).exists() else self.dataset}
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Experiment:
-        """What ``asdict`` gave, perhaps through JSON."""
+        """What `to_dict` gave, perhaps through JSON."""
         pairs = {name: tuple((key, value) for key, value in values[name]) for name in ("options", "setting")}
         return Experiment(**{**values, **pairs})

@@ -45,7 +45,7 @@ class Store:
         record = Record(experiment, result, environment())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps({**asdict(record), "experiment": experiment.to_dict()}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.records[experiment.key] = record
