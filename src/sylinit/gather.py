@@ -10,21 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sylinit.correlation import patch_moments
 from sylinit.errors import SylinitError
 from sylinit.moments import CHUNK, Covariance, Moments, sample_index
 from sylinit.processes import Processes
 from sylinit.targets import Targets
-from sylinit.views import View
+from sylinit.views import ConvView, View
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one lane brought: its input, the rows to read of it (None: all), and their targets."""
+    """What one lane brought.
+
+    Attributes:
+        x: its input.
+        index: the rows to read of it, or None for all.
+        count: how many those are.
+        targets: of the rows, ``[count, c]``.
+        shared: of the samples, ``[samples, c]``, where all rows are read and those of a sample share one target.
+    """
 
     x: Any
     index: Tensor | None
     count: int
     targets: Tensor | None
+    shared: Tensor | None = None
+
+    def row_targets(self, view: View) -> Tensor:
+        """The targets of the rows, ``[count, c]``."""
+        if self.targets is not None:
+            return self.targets
+        assert self.shared is not None
+        return self.shared.repeat_interleave(math.prod(view.positions(self.x)[1]), 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,9 @@ class Gathered:
         def local() -> Moments:
             sums = Moments.zeros(self.view.groups, self.view.dim, self.width, self.device)
             for part in self.parts:
+                if part.shared is not None:
+                    sums.merge(patch_moments(self.view, part.x, part.shared))
+                    continue
                 for rows, piece in _pieces(self.view, part):
                     sums.update(rows, None if part.targets is None else part.targets[piece])
             return sums
@@ -67,7 +87,7 @@ class Gathered:
 
         def local() -> tuple[Tensor, Tensor]:
             rows = [self.view.rows(part.x, part.index).transpose(0, 1) for part in self.parts]
-            targets = [part.targets for part in self.parts if part.targets is not None]
+            targets = [part.row_targets(self.view) for part in self.parts if self.width]
             x = torch.cat(rows) if rows else torch.zeros(0, self.view.groups, self.view.dim, device=self.device)
             x = x if x.dtype == torch.float64 else x.float()
             if not bool(x.isfinite().all()):
@@ -121,11 +141,15 @@ def gather(
         if index is not None:
             mine = index[(index >= start) & (index < start + lengths[lane])] - start
             mine = mine.to((x[0] if isinstance(x, tuple) else x).device)
-        t = None if targets is None else targets.of_rows(lane, shapes[lane], mine)
-        parts.append(Part(x, mine, lengths[lane] if mine is None else len(mine), t))
+        # Where all patches of a convolution are read, their moments need the targets of the samples only.
+        whole = index is None and isinstance(view, ConvView)
+        shared = targets.of_samples(lane, shapes[lane][0]) if whole and targets is not None else None
+        t = targets.of_rows(lane, shapes[lane], mine) if shared is None and targets is not None else None
+        parts.append(Part(x, mine, lengths[lane] if mine is None else len(mine), t, shared))
         start += lengths[lane]
     # Where any lane's rows cannot be matched to samples, no lane of any process has targets.
-    matched = all(processes.agree(lambda: targets is not None and all(part.targets is not None for part in parts)))
+    known = all(part.targets is not None or part.shared is not None for part in parts)
+    matched = all(processes.agree(lambda: targets is not None and known))
     if not matched:
         parts = [Part(part.x, part.index, part.count, None) for part in parts]
     width = targets.width if targets is not None and matched else 0

@@ -62,7 +62,15 @@ class Targets:
     def of_rows(self, batch: int, shape: tuple[int, tuple[int, ...]], index: Tensor | None) -> Tensor | None:
         """The targets ``[n, c]`` of a layer's rows; ``shape`` is its (samples, positions); see `for_rows`."""
         t = for_rows(self.vectors[batch], *shape, index)
-        return None if t is None else torch.where(t.isnan(), self.mean.to(t), t)
+        return None if t is None else self._known(t)
+
+    def of_samples(self, batch: int, samples: int) -> Tensor | None:
+        """The targets ``[samples, c]`` where all rows of a sample share one, else None."""
+        vectors = self.vectors[batch]
+        return self._known(vectors) if vectors.ndim == 2 and len(vectors) == samples else None
+
+    def _known(self, t: Tensor) -> Tensor:
+        return torch.where(t.isnan(), self.mean.to(t), t)
 
 
 def describe(targets: list[Tensor]) -> TargetKind:
