@@ -65,15 +65,20 @@ Data = Annotated[
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"sylinit {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Start neural networks from data instead of from noise."""
-    if version:
-        console.print(f"sylinit {__version__}", highlight=False)
-        raise typer.Exit
 
 
 @app.command(epilog="Example: [bold]sylinit demo --shots 10 --seeds 5[/bold]")

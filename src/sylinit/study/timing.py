@@ -19,7 +19,9 @@ REPEATS = 3
 
 
 def run_timing(experiment: Experiment) -> dict[str, Any]:
-    """Time a start on a fully connected network and random data of the setting's ``depth``, ``width``, ``samples``.
+    """Time a start, on one thread, on a fully connected network and random data.
+
+    The setting names ``depth``, ``width`` and ``samples``.
 
     Returns:
         Median seconds of the start and of a plain forward pass, their ratio, and the start's extra memory in bytes
@@ -39,13 +41,18 @@ def run_timing(experiment: Experiment) -> dict[str, Any]:
             for part in x.split(500):
                 model(part)
 
-    forward()
-    init, extra = [], []
-    for _ in range(REPEATS):
-        seconds, peak = peak_memory(lambda: apply_start(experiment.start, model, x, y, experiment.seed, options))
-        init.append(seconds)
-        extra.append(peak)
-    plain = [_seconds(forward) for _ in range(REPEATS)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine blur a time tenfold
+    try:
+        forward()
+        init, extra = [], []
+        for _ in range(REPEATS):
+            seconds, peak = peak_memory(lambda: apply_start(experiment.start, model, x, y, experiment.seed, options))
+            init.append(seconds)
+            extra.append(peak)
+        plain = [_seconds(forward) for _ in range(REPEATS)]
+    finally:
+        torch.set_num_threads(threads)
     known = [e for e in extra if e is not None]
     seconds = statistics.median(init)
     return {

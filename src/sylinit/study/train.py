@@ -57,8 +57,9 @@ class Recipe:
 
     def make_schedule(self, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """One cycle over `steps` steps; momentum stays as it is."""
+        # OneCycleLR divides by zero where the rise is one step long, which is at four steps
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, self.lr, total_steps=max(2, steps), pct_start=0.25, cycle_momentum=False
+            optimiser, self.lr, total_steps=max(5, steps), pct_start=0.25, cycle_momentum=False
         )
 
 

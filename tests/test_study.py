@@ -1,0 +1,293 @@
+"""Models, starts, training, vectorised training, statistics, figures."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from conftest import images, vectors
+from sylinit.errors import SylinitError
+from sylinit.study.figures import lines, save
+from sylinit.study.finetune import HEADS, features, replace_head
+from sylinit.study.models import MODELS, build
+from sylinit.study.starts import STARTS, apply_start
+from sylinit.study.statistics import exponent, interval, paired
+from sylinit.study.train import Recipe, accuracy, area_under, augment, train
+from sylinit.study.vectorised import train_together
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_map_images_to_logits(name: str) -> None:
+    shape = (3, 64, 64) if name == "resnet18" else (3, 16, 16)
+    model = build(name, shape, 7).eval()
+    assert model(torch.randn(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet56", 853_018)])
+def test_residual_networks_have_the_size_of_the_paper(name: str, parameters: int) -> None:
+    # 0.27 M and 0.85 M as in the paper, with its option A, plus the two 1x1 shortcuts with BatchNorm of option B
+    option_b = 16 * 32 + 32 * 64 + 2 * 32 + 2 * 64
+    model = build(name, (3, 32, 32), 10)
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == parameters + option_b
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) + 1 == int(name[6:])
+
+
+def test_models_of_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zoo_for_test.py").write_text(
+        "from torch import nn\n"
+        "def two(shape, classes): return nn.Linear(shape[0], classes)\n"
+        "def none(): return nn.Linear(4, 3)\n"
+        "def wrong(): return 3\n"
+        "def broken(shape, classes): raise RuntimeError('no')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert build("zoo_for_test:two", (5,), 2).weight.shape == (2, 5)
+    assert build("zoo_for_test:none", (4,), 3).weight.shape == (3, 4)
+    for spec, message in {
+        "resnet21": "did you mean 'resnet20'",
+        "nowhere_at_all:f": "cannot import",
+        "zoo_for_test:absent": "no function or class",
+        "zoo_for_test:wrong": "expected a torch.nn.Module",
+        "zoo_for_test:broken": "RuntimeError: no",
+    }.items():
+        with pytest.raises(SylinitError, match=message):
+            build(spec, (4,), 3)
+    with pytest.raises(SylinitError, match="expected images"):
+        build("cnn", (4,), 3)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_starts_depend_on_the_seed_alone(name: str) -> None:
+    x, y = images(count=40)
+    first = build("resnet20", (2, 8, 8), 3)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for p in second.parameters():
+            p.fill_(0.5)
+    state = torch.get_rng_state()
+    assert apply_start(name, first, x, y, 5) > 0
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(77)
+    apply_start(name, second, x, y, 5)
+    third = copy.deepcopy(first)
+    apply_start(name, third, x, y, 6)
+    pairs = list(zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True)) or (
+        name == "sylinit"  # few rows: nothing is sampled, so nothing is random
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "variance"),
+    [("he-normal", 2 / 32), ("he-uniform", 2 / 32), ("xavier-normal", 2 / 96), ("xavier-uniform", 2 / 96)],
+)
+def test_random_starts_have_their_variance(name: str, variance: float) -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64))
+    nn.init.constant_(model[1].weight, 3)
+    apply_start(name, model, torch.randn(4, 32), torch.zeros(4).long(), 0)
+    assert model[0].weight.var().item() == pytest.approx(variance, rel=0.1)
+    assert model[0].bias.abs().max() == 0
+    assert model[1].weight.eq(1).all()
+    assert name.endswith("uniform") == (model[0].weight.abs().max().item() <= math.sqrt(3 * variance) * 1.0001)
+
+
+def test_pca_whitening_decorrelates() -> None:
+    x, y = vectors(count=300, dim=12)
+    model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
+    apply_start("pca-whitening", model, x, y, 0)
+    out = model[0](x)
+    torch.testing.assert_close(torch.cov(out.T, correction=0), torch.eye(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+
+
+def test_unknown_start_names_the_nearest() -> None:
+    with pytest.raises(SylinitError, match="did you mean 'lsuv'"):
+        apply_start("lsuw", nn.Linear(2, 2), torch.zeros(1, 2), torch.zeros(1).long(), 0)
+
+
+def test_training_learns_and_its_curve_agrees() -> None:
+    x, y = vectors(count=90)
+    model = nn.Linear(12, 3)
+    outcome = train(model, x, y, x, y, Recipe(lr=0.05, epochs=8, points=4), classes=3, seed=0)
+    assert outcome.after > max(0.9, outcome.before)
+    assert outcome.after == accuracy(model, x, y) == outcome.curve[-1][1]
+    assert [epoch for epoch, _ in outcome.curve] == [0, 2, 4, 6, 8]
+    assert not outcome.diverged
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_divergence_is_an_outcome(optimiser: str) -> None:
+    x, y = vectors()
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    outcome = train(model, x, y, x, y, Recipe(lr=1e25, optimiser=optimiser, epochs=4), classes=3, seed=0)
+    assert outcome.diverged
+    assert outcome.after == outcome.curve[-1][1] == pytest.approx(1 / 3)
+    assert math.isfinite(outcome.area)
+
+
+def test_unknown_optimiser() -> None:
+    with pytest.raises(SylinitError, match="'sgd' or 'adamw'"):
+        Recipe(lr=0.1, optimiser="lion").make_optimiser([torch.zeros(1)])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_area_is_the_mean_height(heights: list[float]) -> None:
+    curve = [(2.0 * place, height) for place, height in enumerate(heights)]
+    span = 2.0 * (len(heights) - 1)
+    assert area_under(curve) == pytest.approx(np.trapezoid(heights, dx=2.0) / span)
+
+
+def test_augmentation_mirrors_and_shifts_whole_images() -> None:
+    x = torch.randn(64, 2, 6, 6)
+    mirrored = augment(x, Recipe(lr=1, flip=True), torch.Generator().manual_seed(0))
+    kinds = [(torch.equal(a, b), torch.equal(a, b.flip(2))) for a, b in zip(mirrored, x, strict=True)]
+    assert set(kinds) == {(True, False), (False, True)}
+    shifted = augment(x, Recipe(lr=1, crop=2), torch.Generator().manual_seed(0))
+    assert shifted.shape == x.shape
+    padded = nn.functional.pad(x, (2,) * 4)
+    for a, b in zip(shifted, padded, strict=True):
+        assert any(torch.equal(a, b[:, i : i + 6, j : j + 6]) for i in range(5) for j in range(5))
+    assert not torch.equal(shifted, x)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["mlp", "resnet20"])
+def test_together_is_one_by_one(name: str, optimiser: str) -> None:
+    members = 3
+    sets = [images(count=24, seed=seed) for seed in range(members)]
+    x, y = (torch.stack(part) for part in zip(*sets, strict=True))
+    models = []
+    for seed in range(members):
+        model = build(name, (2, 8, 8), 3).double()
+        apply_start("he-normal", model, x[seed].double(), y[seed], seed)
+        models.append(model)
+    together = copy.deepcopy(models)
+    recipe = Recipe(lr=0.01, optimiser=optimiser, epochs=2, batch_size=10, flip=True)
+    for seed, model in enumerate(models):
+        train(model, x[seed].double(), y[seed], x[seed].double(), y[seed], recipe, classes=3, seed=seed)
+    train_together(together, x.double(), y, recipe, list(range(members)))
+    for a, b in zip(models, together, strict=True):
+        for name_, value in a.state_dict().items():
+            torch.testing.assert_close(b.state_dict()[name_], value, atol=1e-8, rtol=1e-6)
+
+
+numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+
+
+@given(numbers)
+def test_interval_is_scipys(values: list[float]) -> None:
+    found = interval(values)
+    assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
+    scale = stats.sem(values)
+    if scale > 1e-9:
+        low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), scale)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+    else:
+        assert found.half == pytest.approx(0, abs=1e-6)
+
+
+@given(numbers, st.floats(-5, 5))
+def test_paired_differences_ignore_what_the_pairs_share(values: list[float], gap: float) -> None:
+    difference = paired([value + gap for value in values], values)
+    assert difference.mean == pytest.approx(gap, abs=1e-9)
+    assert difference.half == pytest.approx(0, abs=1e-9)
+
+
+def test_statistics_say_what_is_missing() -> None:
+    assert math.isnan(interval([0.5]).half)
+    assert interval([0.5]).percent() == "50.0"
+    assert interval([0.4, 0.6]).percent() == "50.0 ± 127.1"
+    with pytest.raises(SylinitError, match="at least one"):
+        interval([])
+    with pytest.raises(SylinitError, match="as many values"):
+        paired([1.0], [1.0, 2.0])
+    with pytest.raises(SylinitError, match="two different"):
+        exponent([2, 2], [1, 1])
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 10))
+def test_exponent_of_a_power_law(power: float, factor: float) -> None:
+    x = [1.0, 2.0, 4.0, 8.0]
+    fit = exponent(x, [factor * v**power for v in x])
+    assert fit.power == pytest.approx(power, abs=1e-9)
+    assert fit.half == pytest.approx(0, abs=1e-6)
+
+
+def test_the_interval_of_an_exponent_is_scipys() -> None:
+    x, y = [1.0, 2.0, 4.0, 8.0, 16.0], [1.1, 3.9, 17.0, 60.0, 270.0]
+    fit, reference = exponent(x, y), stats.linregress(np.log(x), np.log(y))
+    assert fit.power == pytest.approx(reference.slope)
+    assert fit.half == pytest.approx(stats.t.ppf(0.975, 3) * reference.stderr)
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_schedules_of_any_length(steps: int) -> None:
+    recipe = Recipe(lr=0.1)
+    optimiser = recipe.make_optimiser([torch.zeros(1, requires_grad=True)])
+    schedule = recipe.make_schedule(optimiser, steps)
+    for _ in range(steps):
+        assert 0 <= optimiser.param_groups[0]["lr"] <= 0.1
+        optimiser.step()
+        schedule.step()
+
+
+def test_figures_are_written_twice_and_name_every_line(tmp_path: Path) -> None:
+    series = {name: [(x, interval([x / 9, x / 8])) for x in (1.0, 2.0, 4.0)] for name in ("sylinit", "he-normal")}
+    figure = lines(series, "a title", "shots", "after", log=True)
+    png, svg = save(figure, tmp_path / "deep" / "figure")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in svg.read_text()
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(texts) == ["he-normal", "sylinit"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_use_the_features(name: str) -> None:
+    x, y = images(count=60, classes=3)
+    model = build("cnn", (2, 8, 8), 5)
+    replace_head(model, 3)
+    before = copy.deepcopy(model.state_dict())
+    HEADS[name](model, x, y, 0)
+    assert model(x).shape == (60, 3)
+    moved = {key.rpartition(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    expected = {"random head": 0, "LP-FT": 1, "ridge head": 1, "sylinit head": 1, "sylinit last two": 2}
+    assert len(moved) == {**expected, "sylinit last block": 3, "sylinit all": 6}[name]
+    if name != "random head":
+        assert accuracy(model, x, y) > 0.6
+
+
+def test_ridge_head_takes_the_penalty_of_least_left_out_error() -> None:
+    """Against leaving one sample out at a time, literally, with centring inside."""
+    x, y = vectors(count=24, dim=5)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+    HEADS["ridge head"](model, x, y, 0)
+    rows, targets = features(model, x).double(), nn.functional.one_hot(y, 3).double()
+
+    def solve(f: torch.Tensor, t: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        c = f - f.mean(0)
+        w = torch.linalg.solve(c.T @ c + penalty * torch.eye(5).double(), c.T @ (t - t.mean(0)))
+        return w, t.mean(0) - f.mean(0) @ w
+
+    top = torch.linalg.matrix_norm(rows - rows.mean(0), 2).item() ** 2
+    errors = {}
+    for power in torch.linspace(-6, 2, 33).tolist():
+        error = 0.0
+        for i in range(24):
+            keep = torch.arange(24) != i
+            w, b = solve(rows[keep], targets[keep], 10**power * top)
+            error += (rows[i] @ w + b - targets[i]).square().sum().item()
+        errors[power] = error
+    w, b = solve(rows, targets, 10 ** min(errors, key=errors.__getitem__) * top)
+    torch.testing.assert_close(model[1].weight.double(), w.T, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(model[1].bias.double(), b, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,213 @@
+"""Experiments, the store, tuning, resuming, presets, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sylinit.errors import SylinitError
+from sylinit.study import runner
+from sylinit.study.data import load
+from sylinit.study.experiment import Experiment
+from sylinit.study.page import panels, write_page
+from sylinit.study.presets import PRESETS
+from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
+from sylinit.study.store import Record, Store
+from sylinit.study.summary import rows, verdict
+
+TINY = Experiment("digits", "mlp", "he-normal", shots=2, epochs=2, setting=(("points", 2),))
+
+
+def record(experiment: Experiment, after: float) -> Record:
+    return Record(experiment, {"after": after, "before": 0.1, "area": 0.2, "diverged": False}, {})
+
+
+def test_experiments_survive_json() -> None:
+    experiment = replace(TINY, options=(("code", "pca"),), shots=None)
+    from dataclasses import asdict
+
+    back = Experiment.from_dict(json.loads(json.dumps(asdict(experiment))))
+    assert back == experiment
+    assert back.key == experiment.key
+
+
+def test_every_field_counts_in_the_key() -> None:
+    changed: dict[str, Any] = {
+        "dataset": "d", "model": "m", "start": "s", "shots": 3, "options": (("a", 1),), "optimiser": "adamw",
+        "lr": 0.5, "epochs": 3, "seed": 4, "split": "validation", "task": "time", "setting": (("b", 2),),
+    }  # fmt: skip
+    keys = {replace(TINY, **{name: value}).key for name, value in changed.items()}
+    assert set(changed) == set(TINY.__dataclass_fields__)
+    assert len(keys | {TINY.key}) == len(changed) + 1
+
+
+def test_equal_experiments_give_equal_results() -> None:
+    first, second = run(TINY), run(TINY)
+    for name in ("before", "after", "curve", "area"):
+        assert first[name] == second[name]
+    assert first["evaluated"] == len(load("digits").test_y)
+
+
+@pytest.mark.parametrize("shots", [3, None])
+def test_tuning_never_reads_the_test_set(shots: int | None) -> None:
+    data = load("digits")
+    part = subset(data, replace(TINY, shots=shots, split="validation"))
+    known = {tuple(row.tolist()) for row in data.train_x.flatten(1)}
+    trained = {tuple(row.tolist()) for row in part.x.flatten(1)}
+    held = {tuple(row.tolist()) for row in part.test_x.flatten(1)}
+    assert held <= known
+    assert not held & trained
+
+
+def test_starts_share_their_subset_and_seeds_do_not() -> None:
+    data = load("digits")
+    assert subset(data, TINY).x.equal(subset(data, replace(TINY, start="sylinit", lr=1.0)).x)
+    assert not subset(data, TINY).x.equal(subset(data, replace(TINY, seed=1)).x)
+
+
+def test_the_best_rate_is_chosen_and_the_lower_of_equals() -> None:
+    plan = Plan((TINY,), grid=(0.1, 0.2, 0.3), tuning_seeds=2)
+    accuracies = {0.1: (0.2, 0.4), 0.2: (0.5, 0.6), 0.3: (0.9, 0.2)}
+    records = [record(e, accuracies[e.lr][e.seed - runner.TUNING_SEED]) for e in plan.tuning()]
+    assert choose(plan, records) == {TINY.method: 0.2}
+    assert choose(plan, records[:-2]) == {}  # tuning has not ended
+    assert all(e.split == "validation" and e.seed not in plan.seeds for e in plan.tuning())
+
+
+def test_a_study_tunes_then_tests_and_a_rerun_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Experiment] = []
+
+    def fake(experiment: Experiment) -> dict[str, Any]:
+        ran.append(experiment)
+        return {"after": experiment.lr + 0.01 * experiment.seed, "before": 0.1, "area": 0.3, "diverged": False}
+
+    monkeypatch.setitem(runner.TASKS, "train", fake)
+    plan = Plan((TINY, replace(TINY, start="sylinit")), grid=(0.1, 0.2), seeds=(0, 1, 2), workers=1)
+    calls: list[tuple[int, int, str]] = []
+    study = run_study(plan, Store(tmp_path / "r.jsonl"), lambda *call: calls.append(call))
+    assert [e.split for e in ran] == ["validation"] * 4 + ["test"] * 6
+    assert {e.lr for e in ran[4:]} == {0.2}
+    assert calls[-1][:2] == (10, 10)
+    assert study.at_edge == (TINY.method, plan.arms[1].method)
+    assert [row.interval("after").mean for row in rows(study)] == [pytest.approx(0.21)] * 2
+    again = run_study(plan, Store(tmp_path / "r.jsonl"))
+    assert len(ran) == 10
+    assert again.records == study.records
+
+
+def test_a_torn_last_line_costs_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runner.TASKS, "train", lambda e: {"after": 0.5})
+    path = tmp_path / "r.jsonl"
+    experiments = [replace(TINY, seed=seed) for seed in range(4)]
+    execute(experiments, Store(path), workers=1)
+    path.write_bytes(path.read_bytes()[:-25])
+    store = Store(path)
+    assert [e in store for e in experiments] == [True, True, True, False]
+    execute(experiments, store, workers=1)
+    assert all(e in Store(path) for e in experiments)
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    program = (
+        "import time; from dataclasses import replace; from sylinit.study import runner\n"
+        "from test_study_runner import TINY; from sylinit.study.store import Store\n"
+        "def slow(e):\n    time.sleep(0.05)\n    return {'after': 0.5}\n"
+        "runner.TASKS['train'] = slow\n"
+        f"runner.execute([replace(TINY, seed=s) for s in range(1000)], Store({str(path)!r}), workers=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent)
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and (not path.exists() or path.read_bytes().count(b"\n") < 3):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    whole = path.read_bytes().count(b"\n")
+    store = Store(path)
+    assert 3 <= len(store.records) == whole < 1000
+    assert all(replace(TINY, seed=seed) in store for seed in range(whole))
+
+
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    experiments = [replace(TINY, seed=seed) for seed in range(2)]
+    store = Store(tmp_path / "r.jsonl")
+    execute(experiments, store, workers=2)
+    for experiment in experiments:
+        assert store[experiment].result["after"] == pytest.approx(run(experiment)["after"], abs=0.02)
+
+
+def test_the_verdict_says_how_sure_it_is() -> None:
+    def study_of(scores: dict[str, list[float]]) -> str:
+        plan = Plan(tuple(replace(TINY, start=name) for name in scores), grid=(0.1,))
+        records = [
+            record(replace(TINY, start=name, seed=seed, lr=0.1), value)
+            for name, values in scores.items()
+            for seed, value in enumerate(values)
+        ]
+        return verdict(rows(runner.Study(plan, tuple(records), {})))
+
+    clear = study_of({"sylinit": [0.5, 0.51, 0.52], "lsuv": [0.4, 0.41, 0.42], "he-normal": [0.1, 0.1, 0.1]})
+    assert "Best after training: sylinit, 51.0" in clear
+    assert "10.0 ± 0.0 points above the next, lsuv" in clear
+    assert "a clear winner" in clear
+    close = study_of({"sylinit": [0.3, 0.2, 0.3], "lsuv": [0.5, 0.4, 0.6], "he-normal": [0.4, 0.5, 0.5]})
+    assert "not a clear winner" in close
+    assert "sylinit is 23.3" in close
+    assert "One seed" in study_of({"sylinit": [0.5], "lsuv": [0.4]})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("quick", [True, False])
+def test_presets_are_well_formed(name: str, quick: bool) -> None:
+    plan = PRESETS[name].plan(quick)
+    finals = plan.final({})
+    assert len({e.key for e in finals}) == len(finals)
+    assert len({e.key for e in plan.tuning()}) == len(plan.arms) * len(plan.grid) * plan.tuning_seeds
+    if name in ("codes", "lambda", "samples"):
+        assert {e.split for e in finals} == {"validation"}  # these choose defaults
+    if not quick:
+        assert len(plan.seeds) >= (5 if name in ("fewshot", "finetune") else 3)
+
+
+def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(experiment: Experiment) -> dict[str, Any]:
+        size = float(experiment.get(str(experiment.get("sweep"))) or 1)
+        return {
+            "before": 0.1, "after": 0.5 + 0.01 * experiment.seed, "area": 0.4, "diverged": False,
+            "curve": [[0, 0.1], [2, 0.5]], "init_seconds": size**2, "forward_passes": size, "extra_bytes": 10**6,
+        }  # fmt: skip
+
+    for task in list(runner.TASKS):
+        monkeypatch.setitem(runner.TASKS, task, fake)
+    monkeypatch.setattr(runner, "prepare", lambda experiments: None)
+    for preset in PRESETS.values():
+        plan = replace(preset.plan(True), workers=1)
+        store = Store(tmp_path / f"{preset.name}-quick.jsonl")
+        study = run_study(plan, store)
+        found = panels(preset, study)
+        assert found
+        assert all(panel.figures and panel.cells for panel in found)
+        assert all(len(cells) == len(panel.header) for panel in found for cells in panel.cells)
+        assert read(plan, store).records == study.records
+        if preset.name == "time":
+            assert any("depth^2.00" in remark for panel in found for remark in panel.remarks)
+    text = write_page(tmp_path).read_text()
+    assert text.count("<h2") == len(PRESETS)
+    assert "data:image/svg+xml;base64," in text
+    assert 'src="http' not in text
+    assert "quick scale" in text
+
+
+def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SylinitError, match="no results"):
+        write_page(tmp_path)
