@@ -145,10 +145,10 @@ class Report:
         errors.set(xlabel="error / energy of what is to be matched", ylim=(len(done) - 0.5, -0.5))
         errors.set_yticks(list(place), [f"{layer.name}  [{layer.code}]" for layer in done])
         errors.set_xlim(left=0)
-        errors.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-        errors.margins(y=0.1)
-        residuals.plot([max(layer.residual or 0.0, 1e-18) for layer in done], place, "D", color="#444444", ms=4)
-        residuals.set(xlabel="residual of the solve", xscale="log")
+        errors.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
+        residuals.plot([max(layer.residual or 0.0, 1e-17) for layer in done], place, "D", color="#444444", ms=4)
+        residuals.set(xlabel="residual of the solve", xscale="log", xlim=(1e-17, 1.0))
+        residuals.set_xticks([1e-16, 1e-8, 1e0])
         for axes in (errors, residuals):
             axes.grid(alpha=0.3)
         if path is not None:
