@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,7 +121,7 @@ def as_code(code: Any) -> Code:
     if isinstance(code, str):
         if code in CODES:
             return CODES[code]
-        near = difflib.get_close_matches(code, CODES, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(code.lower(), CODES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see sylinit.CODES."
         raise SylinitError(f"code={code!r} is no registered latent code; {hint} Registered: {', '.join(CODES)}.")
     if isinstance(code, Tensor):
@@ -142,8 +142,10 @@ def as_code(code: Any) -> Code:
 
 def orthogonal_rows(count: int, dim: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """``count`` random unit vectors ``[count, dim]``, orthonormal within each block of ``dim``."""
+    if not dim:
+        return like.new_zeros(count, 0)
     blocks = []
-    for start in range(0, count, max(dim, 1)):
+    for start in range(0, count, dim):
         q, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))
         blocks.append((q * r.diagonal().sign())[: count - start])
     return torch.cat(blocks).to(like) if blocks else like.new_zeros(0, dim)
@@ -293,9 +295,15 @@ def call(code: Code, layer: str, x: Tensor, target: Tensor | None, units: int, g
         SylinitError: the result has another number of rows, too many columns, or is not finite.
     """
     offered = {"target": target, "units": units, "generator": generator}
-    named = inspect.signature(code.function).parameters
-    arguments = {key: value for key, value in offered.items() if key in named}
-    s = torch.as_tensor(code.function(x, **arguments)).to(x)
+    arguments = {key: offered[key] for key in _asked(code, layer, offered)}
+    result = code.function(x, **arguments)
+    try:
+        s = torch.as_tensor(result).to(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SylinitError(
+            f"layer {layer!r}: the code {code.name!r} must return [{x.shape[0]} rows, at most {units} units], "
+            f"it returned a {type(result).__name__}"
+        ) from error
     if s.ndim == 1:
         s = s.unsqueeze(1)
     if s.ndim != 2 or s.shape[0] != x.shape[0] or s.shape[1] > units:
@@ -306,6 +314,26 @@ def call(code: Code, layer: str, x: Tensor, target: Tensor | None, units: int, g
     if not bool(s.isfinite().all()):
         raise SylinitError(f"layer {layer!r}: the code {code.name!r} returned NaN or infinite numbers")
     return fill(s, units, generator)
+
+
+def _asked(code: Code, layer: str, offered: Collection[str]) -> list[str]:
+    """Which of the offered arguments the function of a code takes."""
+    try:
+        parameters = inspect.signature(code.function).parameters
+    except ValueError:  # some built-in functions have no signature
+        return []
+    _, *others = parameters.values()
+    unknown = [
+        p.name
+        for p in others
+        if p.name not in offered and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if unknown:
+        raise SylinitError(
+            f"layer {layer!r}: the code {code.name!r} asks for {', '.join(map(repr, unknown))}; "
+            f"after the rows it may name any of {', '.join(map(repr, offered))}"
+        )
+    return [p.name for p in others if p.name in offered]
 
 
 def fill(s: Tensor, units: int, generator: torch.Generator) -> Tensor:

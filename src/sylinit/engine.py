@@ -79,7 +79,7 @@ def initialize_(
     Raises:
         SylinitError: for bad input, naming the layer or argument, what was expected, what came and the remedy.
     """
-    _check_arguments(encoding_weight, variance, rows)
+    _check_arguments(model, encoding_weight, variance, head, rows, generator, progress, forward)
     started = time.perf_counter()
     model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
     processes = Processes(group)
@@ -300,6 +300,7 @@ class _Pass:
         return replace(
             record,
             shape=(view.groups, view.units, view.dim),
+            reason="; ".join(filter(None, (record.reason, solution.note))),
             solver=solution.route,
             rank=int(torch.linalg.matrix_rank(weight @ weight.mT, hermitian=True, rtol=1e-10).sum()),
             residual=float(solution.residual),
@@ -337,10 +338,27 @@ def _left_alone(door: Door, reason: str) -> LayerReport:
     return LayerReport(door.name, door.kind, "left alone", reason)
 
 
-def _check_arguments(encoding_weight: float, variance: float, rows: Rows) -> None:
-    if not 0 < encoding_weight < math.inf:
-        raise SylinitError(f"encoding_weight must be a positive finite number, got {encoding_weight}")
-    if not 0 < variance < math.inf:
-        raise SylinitError(f"variance must be a positive finite number, got {variance}")
+def _check_arguments(
+    model: Any,
+    encoding_weight: Any,
+    variance: Any,
+    head: Any,
+    rows: Any,
+    generator: Any,
+    progress: Any,
+    forward: Any,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, value in (("encoding_weight", encoding_weight), ("variance", variance)):
+        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise SylinitError(f"{name} must be a positive finite number, got {value!r}")
+    if not (head is None or isinstance(head, str)):
+        raise SylinitError(f"head must be the name of a layer, 'auto' or None, got {head!r}")
     if not (rows is None or rows == "all" or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 2)):
         raise SylinitError(f"rows must be an integer of at least 2, 'all' or None, got {rows!r}")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise SylinitError(f"generator must be a torch.Generator or None, got {generator!r}")
+    for name, value, form in (("progress", progress, "(done, total, name)"), ("forward", forward, "(model, batch)")):
+        if not (value is None or callable(value)):
+            raise SylinitError(f"{name} must be a function {form} or None, got {value!r}")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sylinit.calibrate import Calibrated, calibrate_logits, calibrate_regression, calibrate_units
-from sylinit.codes import NULL, Axes, Code, LinearCode, call, select_target
+from sylinit.codes import CODES, NULL, Axes, Code, LinearCode, call, select_target
+from sylinit.errors import SylinitError
 from sylinit.moments import Covariance, Moments
 from sylinit.subspace import row_space
 from sylinit.sylvester import robust_eigh, solve_diagonal
@@ -54,6 +55,7 @@ class Solution:
         encoding_error: ``||W X - S||^2 / ||S||^2``.
         decoding_error: ``||X - W^T S||^2 / ||X||^2``.
         route: "exact", "row-space" or "projected".
+        note: what a user should know.
     """
 
     weight: Tensor
@@ -64,11 +66,14 @@ class Solution:
     encoding_error: Tensor
     decoding_error: Tensor
     route: str = "exact"
+    note: str = ""
 
 
 def solve_layer(cov: Covariance, problem: Problem) -> Solution:
     """Covariance -> principal axes -> latent code -> Sylvester equation -> calibrated weight."""
     axes = principal_axes(cov)
+    code, note = _with_varied_targets(problem, cov)
+    problem = replace(problem, code=code)
     raw, residual, encoding_error, decoding_error = solve_code(cov, axes, _code(problem, axes), problem.encoding_weight)
     done = _calibrate(raw, cov, problem)
     return Solution(
@@ -79,6 +84,7 @@ def solve_layer(cov: Covariance, problem: Problem) -> Solution:
         residual=residual,
         encoding_error=encoding_error,
         decoding_error=decoding_error,
+        note=note,
     )
 
 
@@ -104,6 +110,7 @@ def solve_layer_from_rows(rows: Tensor, targets: Tensor, problem: Problem) -> So
         encoding_error=torch.stack([group.encoding_error for group in groups]).mean(),
         decoding_error=torch.stack([group.decoding_error for group in groups]).mean(),
         route=groups[0].route,
+        note=groups[0].note,
     )
 
 
@@ -119,6 +126,8 @@ def _solve_group(rows: Tensor, targets: Tensor, problem: Problem) -> Solution:
     basis = None
     if count < dim:
         basis, x = row_space(x)
+        if not basis.shape[1]:  # constant rows: one axis of zeros
+            basis, x = basis.new_zeros(dim, 1), x.new_zeros(count, 1)
     sums = Moments.zeros(1, x.shape[1], targets.shape[1], x.device).update(x.unsqueeze(0), targets)
     cov = replace(sums.covariance(), dim=dim)
     solution = solve_layer(cov, problem)
@@ -164,7 +173,7 @@ def solve_code(
     tiny = torch.finfo(torch.float64).tiny
     cross = code.on_x * axes.variances.unsqueeze(1) + code.on_t @ axes.xt.mT  # S x'^T
     gram = cross @ code.on_x.mT + (code.on_x @ axes.xt + code.on_t @ axes.tt) @ code.on_t.mT  # S S^T
-    scale = (cov.variance / gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=tiny)).sqrt().view(-1, 1, 1)
+    scale = (cov.variance.clamp(min=0) / gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=tiny)).sqrt().view(-1, 1, 1)
     gram, cross = gram * scale.square(), cross * scale
     rotated = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross)
     weight = rotated @ axes.basis.mT
@@ -182,6 +191,20 @@ def solve_code(
         1 + (encoded - agreement) / code_energy,
         1 + (decoded - agreement) / row_energy,
     )
+
+
+def _with_varied_targets(problem: Problem, cov: Covariance) -> tuple[Code, str]:
+    """The code itself, or what it falls back to where all rows have the same target, which then tells nothing."""
+    code = problem.code
+    same = bool(cov.tt.trace() <= 1e-12 * cov.mean_t.square().sum())
+    if not same or not code.labels or problem.head or code.function is select_target:
+        return code, ""
+    if code.fallback is None:
+        raise SylinitError(
+            f"layer {problem.name!r}: the code {code.name!r} needs labels that differ, and all rows have the same one; "
+            "pass samples of more classes, or a code without labels such as code='pca'"
+        )
+    return CODES[code.fallback], "all its rows have the same label, so no labels were used"
 
 
 def _code(problem: Problem, axes: Axes) -> LinearCode:

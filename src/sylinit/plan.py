@@ -116,7 +116,10 @@ def _find(model: nn.Module) -> tuple[list[View], list[tuple[str, nn.Module]], li
             continue
         parametrized = hasattr(module, "parametrizations")
         own = [key for key, value in module._parameters.items() if value is not None]
-        if keeps_statistics(module):
+        if _lazy(module):
+            reason = "lazy and not materialised yet; run one batch through the model first"
+            left.append(_left(name or "(the model itself)", type(module).__name__, reason))
+        elif keeps_statistics(module):
             norms.append((name, module))
         elif "norm" in type(module).__name__.lower():
             if own:
@@ -233,8 +236,13 @@ def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], cho
                 f"layer {layer.name!r} ({layer.kind}) is quantised to integers: {layer.reason}; initialise the model "
                 "before quantising it, or leave this layer out with layers="
             )
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+        if _lazy(module):
             raise SylinitError(f"layer {layer.name!r} ({layer.kind}): {layer.reason}")
+
+
+def _lazy(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in tensors)
 
 
 def _quantised(module: nn.Module) -> bool:

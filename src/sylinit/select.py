@@ -41,7 +41,7 @@ def selector(layers: Any, names: Sequence[str], argument: str = "layers") -> Cal
     if isinstance(layers, Iterable):
         parts = [selector(part, names, argument) for part in layers]
         return lambda name, module: any(part(name, module) for part in parts)
-    if callable(layers):
+    if callable(layers) and not isinstance(layers, type):
         return lambda name, module: bool(layers(name, module))
     raise SylinitError(
         f"{argument}= takes a name pattern, a module type, a predicate (name, module) -> bool, or a list of them; "

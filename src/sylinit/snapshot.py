@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 
 class Snapshot:
@@ -22,11 +23,16 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
         self._modes = [(module, module.training) for module in model.modules()]
-        self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
+        # A forward pass may replace, add or drop buffers, not only write into them.
+        self._registered = [
+            (registry, dict(registry))
             for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for registry in (module._parameters, module._buffers)
+        ]
+        self._buffers = [
+            (buffer, buffer.detach().clone())
+            for buffer in model.buffers()
+            if not isinstance(buffer, UninitializedTensorMixin)
         ]
         self._parameters: dict[int, tuple[Tensor, Tensor]] = {}
         self._generator = generator
@@ -50,8 +56,10 @@ class Snapshot:
         """Put everything back: all of it after a failure; after success all but the results."""
         for module, training in self._modes:
             module.training = training
-        for module, name, buffer, before in self._buffers:
-            module._buffers[name] = buffer
+        for registry, entries in self._registered:
+            registry.clear()
+            registry.update(entries)
+        for buffer, before in self._buffers:
             if not (succeeded and id(buffer) in self._kept):
                 buffer.copy_(before)
         if not succeeded:

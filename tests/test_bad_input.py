@@ -1,0 +1,274 @@
+"""Bad input: each a `SylinitError` that says what was wrong and what to do, and a model that is as it was."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylinit
+from conftest import images, small_mlp, small_resnet, vectors
+from sylinit.errors import SylinitError
+
+
+def refused(model: nn.Module, batches: Any, *words: str, **arguments: Any) -> None:
+    """The call is refused in these words, and the model keeps its bits."""
+    before = [(t, None if _empty(t) else t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(SylinitError) as caught:
+        sylinit.initialize_(model, batches, **arguments)
+    message = str(caught.value)
+    for word in words:
+        assert re.search(word, message), f"{word!r} is not in: {message}"
+    assert all(value is None or torch.equal(t, value) for t, value in before)
+    assert modes == [module.training for module in model.modules()]
+    assert not any(module._forward_pre_hooks for module in model.modules() if not _empty(*module.parameters()))
+
+
+def _empty(*tensors: Tensor) -> bool:
+    return any(t.is_meta or isinstance(t, nn.parameter.UninitializedTensorMixin) for t in tensors)
+
+
+X, Y = vectors()
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([], ["batches: there are none", "fresh"]),
+        (iter(()), ["batches: there are none", "exhausted"]),
+        (X, ["single tensor", r"pass \[x\]"]),
+        (7, ["got int", r"pass \[\(x, y\)\]"]),
+        (None, ["got NoneType"]),
+        ([()], ["batch 0 is an empty tuple"]),
+        ([{}], ["batch 0 holds no tensor"]),
+        ([("a", "b")], ["batch 0 holds no tensor", "forward="]),
+        ([None], ["batch 0 holds no tensor"]),
+        ([(X, Y), (X[:0], Y[:0])], ["batch 1 is empty", r"\[0, 12\]", "drop it"]),
+        ([(X[:0], Y[:0])], ["batch 0 is empty"]),
+        ([(X, Y), (X[:, :11], Y)], ["batch 1", r"\[60, 11\]", r"\[60, 12\]", "same width"]),
+        ([(X, Y), (X[:, None], Y)], ["batch 1", "same width"]),
+        ([(X, Y), X], ["batch 1 has no target while others have one|other inputs"]),
+        ([X, (X, Y)], ["batch 0 has no target"]),
+        ([(X, Y), (X, X, Y)], ["batch 1 has other inputs"]),
+        ([(X, Y), (X, Y.double())], ["target of batch 1", "one kind"]),
+        ([(X[2:3], Y[2:3])], ["1 row", "at least 2", "pass more samples"]),
+        ([(X[0], Y)], ["12 samples|60|dimension"]),
+        ([(X, Y[:59])], ["batch 0 has 60 samples", r"\[59\]", "count the samples"]),
+        ([(X, Y[0])], ["batch 0 has 60 samples", r"shape \[\]"]),
+        ([(X, Y - 1)], ["batch 0", "label -1", "start at 0", "-100"]),
+        ([(X, Y), (X, Y + 1)], ["labels out of range", "label 3", "3 outputs", "0 to 2"]),
+        ([(X, Y + 1000)], ["labels out of range", "label 1002"]),
+        ([(X, Y * 1j)], ["complex"]),
+        ([(X, X.masked_fill(X > 1, float("inf")))], ["target of batch 0", "NaN or infinite", "drop"]),
+        ([(X, X[:, :5])], ["head|outputs"]),
+    ],
+)
+def test_bad_batches(batches, words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(small_mlp(), batches, *words, **({"head": "4"} if "head|outputs" in words else {}))
+
+
+def test_labels_out_of_range_for_a_head_given_by_name():
+    refused(small_mlp(), [(X, Y + 6)], "labels out of range", "label 8", "'2' has 8 outputs", head="2")
+
+
+def test_a_single_row_that_only_a_late_layer_meets():
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    x, y = images(1)
+    refused(model, [(x, y)], "layer '3'", "1 row", "at least 2", head="3")
+
+
+@pytest.mark.parametrize("code", ["label", "lda"])
+def test_labels_missing_where_the_code_needs_them(code):
+    refused(small_mlp(), [X], f"code '{code}' needs labels", r"\(x, y\)", "pca", code=code)
+    refused(small_mlp(), [X], "layer '2'", code={"2": code})
+
+
+@pytest.mark.parametrize(
+    ("code", "near"), [("mixd", "mixed"), ("PCA", "pca"), ("labels", "label"), ("k-means", "kmeans")]
+)
+def test_unknown_code(code, near):
+    refused(small_mlp(), [(X, Y)], re.escape(repr(code)), f"did you mean .*'{near}'", "Registered: ", code=code)
+    refused(small_mlp(), [(X, Y)], f"did you mean .*'{near}'", code={"0": code})
+
+
+@pytest.mark.parametrize("code", [3, None, object(), 1.5, b"pca"])
+def test_something_that_is_no_code(code):
+    refused(small_mlp(), [(X, Y)], "code= takes", type(code).__name__, code=code)
+
+
+@pytest.mark.parametrize("argument", ["layers", "head", "code"])
+def test_unknown_layer_pattern(argument):
+    value: Any = {"3.conv9": "pca"} if argument == "code" else "3.conv9"
+    words = f"{argument}: no layer matches '3.conv9'", r"nearest names are .*'3\.conv[12]'"
+    refused(small_resnet(), [images()], *words, **{argument: value})
+
+
+@pytest.mark.parametrize("layers", [3, 1.5, int, object()])
+def test_layers_that_cannot_select(layers):
+    refused(small_mlp(), [(X, Y)], "layers= takes", layers=layers)
+
+
+def test_layers_that_select_nothing():
+    refused(small_mlp(), [(X, Y)], "no layer", "not selected", layers=nn.Conv2d)
+    refused(small_mlp(), [(X, Y)], "no layer", layers=[])
+    refused(small_mlp(), [(X, Y)], "no layer", layers=lambda name, module: False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *[({"encoding_weight": v}, ["encoding_weight", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
+        *[({"variance": v}, ["variance", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
+        *[({"rows": v}, ["rows", "at least 2", "'all'"]) for v in (0, 1, -5, 2.5, "some", True)],
+        ({"encoding_weight": "1"}, ["encoding_weight", "'?1'?"]),
+        ({"variance": None}, ["variance", "None"]),
+        ({"head": "1"}, ["head='1'", "no layer"]),
+        ({"head": 3}, ["head"]),
+        ({"code": torch.randn(59, 4)}, ["59 rows", "60 calibration samples"]),
+        ({"code": torch.randn(60)}, ["code=", r"\[60\]"]),
+        ({"code": torch.full((60, 4), float("nan"))}, ["code=", "finite"]),
+        ({"code": {}, "layers": "9"}, ["layers"]),
+        ({"generator": 3}, ["generator"]),
+        ({"progress": 3}, ["progress"]),
+        ({"forward": 3}, ["forward"]),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    refused(small_mlp(), [(X, Y)], *words, **arguments)
+
+
+def test_a_model_that_is_no_module():
+    with pytest.raises(SylinitError, match=r"model must be .*Module"):
+        sylinit.initialize_(lambda x: x, [(X, Y)])
+
+
+@pytest.mark.parametrize("function", [lambda x: x, lambda x: x[:5], lambda x: x.sum(), lambda x: x[None]])
+def test_a_code_function_of_the_wrong_shape(function):
+    words = "layer '2'", "60 rows", "at most 8 units", "units"
+    refused(small_mlp(), [(X, Y)], *words, code={"2": function})
+
+
+@pytest.mark.parametrize("result", [None, "text", object()])
+def test_a_code_function_that_returns_no_numbers(result):
+    refused(small_mlp(), [(X, Y)], "layer '0'", "code", type(result).__name__, code=lambda x: result)
+
+
+def test_a_code_function_that_returns_nan():
+    refused(small_mlp(), [(X, Y)], "layer '0'", "NaN", code=lambda x: x[:, :2] * float("nan"))
+
+
+def test_a_code_function_that_asks_for_something_unknown():
+    refused(small_mlp(), [(X, Y)], "layer '0'", "colour", code=lambda x, colour: x)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_frozen_parameter(name):
+    model = small_mlp()
+    getattr(model[2], name).requires_grad_(False)
+    refused(model, [(X, Y)], "layer '2' is frozen", "unfreeze", "layers=")
+    report = sylinit.initialize_(model, [(X, Y)], layers=["0", "4"])
+    assert {layer.name for layer in report.initialised} == {"0", "4"}
+
+
+def test_a_meta_parameter():
+    model = small_mlp()
+    model[2].to("meta")
+    refused(model, [(X, Y)], "layer '2' is on the meta device", "to_empty")
+    with torch.device("meta"):
+        model = small_resnet()
+    refused(model, [images()], "layer '0' is on the meta device", "materialise")
+
+
+class Integers(nn.Module):
+    """A linear layer whose weight is int8 with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x).T * self.scale
+
+
+def test_an_integer_quantised_layer():
+    model = small_mlp()
+    model[2] = Integers()
+    refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising", "layers=")
+    report = sylinit.initialize_(model, [(X, Y)], layers=["0", "4"])
+    assert {layer.name for layer in report.initialised} == {"0", "4"}
+    assert report["2"].action == "left alone"
+
+
+def test_a_dynamically_quantised_layer():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = pytest.importorskip("torch.ao.nn.quantized.dynamic")
+        model = small_mlp()
+        model[2] = quantised.Linear(16, 8)
+    refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising")
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(8), nn.LazyConv2d(6, 3), nn.LazyBatchNorm1d()])
+def test_lazy_modules(lazy):
+    model = nn.Sequential(nn.Linear(12, 16), lazy, nn.Linear(8, 3))
+    refused(model, [(X, Y)], "layer '1'", "lazy", "run one batch through")
+
+
+@pytest.mark.parametrize(
+    "model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(12), nn.BatchNorm1d(12), nn.Embedding(5, 3)]
+)
+def test_a_model_without_any_layer(model):
+    refused(model, [(X, Y)], "no layer to initialise")
+
+
+def test_a_layer_of_complex_numbers_alone():
+    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), [(X, Y)], "no layer to initialise", "real|complex")
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 3e4])
+def test_constant_inputs_are_left_as_they_were_and_the_report_says_so(value):
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    for rows in (None, "all", 5):
+        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], rows=rows)
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert "constant" in report["0"].reason
+        assert "left alone: 0" in str(report)
+
+
+def test_a_constant_channel_of_a_depthwise_layer_keeps_its_weights():
+    x, y = images()
+    x[:, 1] = 2.0
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    before = model[0].weight.detach().clone()
+    report = sylinit.initialize_(model, [(x, y)])
+    assert torch.equal(model[0].weight[2:], before[2:])
+    assert not torch.equal(model[0].weight[:2], before[:2])
+    assert "1 of 2 groups" in report["0"].reason
+
+
+@pytest.mark.parametrize("code", ["mixed", "label", "lda", "pca", "kmeans"])
+def test_labels_of_one_class_alone(code):
+    """Constant labels tell nothing: never a crash in the linear algebra."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    arguments: dict[str, Any] = {"code": code, "head": None}
+    if code in ("label", "lda"):
+        refused(model, [(X, torch.zeros_like(Y))], "layer '0'", f"'{code}'", "same", **arguments)
+    else:
+        sylinit.initialize_(model, [(X, torch.zeros_like(Y))], **arguments)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_labels_that_are_all_ignored_count_as_none():
+    report = sylinit.initialize_(small_mlp(), [(X, torch.full_like(Y, -100))])
+    assert {layer.code for layer in report.initialised} == {"pca"}
