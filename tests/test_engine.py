@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import images, small_mlp, small_resnet, vectors
 from torch import nn
 
 import sylinit
+from conftest import images, small_mlp, small_resnet, vectors
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -151,7 +151,8 @@ def test_a_scalar_target_and_a_single_logit():
     x, y = vectors(300, classes=2)
     regressor = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
     sylinit.initialize_(regressor, [(x, x[:, 0] + 3)])
-    assert float((regressor(x)[:, 0] - x[:, 0] - 3).square().mean()) < 0.5 * float(x[:, 0].var())
+    with torch.no_grad():
+        assert float((regressor(x)[:, 0] - x[:, 0] - 3).square().mean()) < 0.5 * float(x[:, 0].var())
     classifier = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
     report = sylinit.initialize_(classifier, [(x, y)])
     assert report["2"].code == "head"
@@ -203,6 +204,42 @@ def test_shared_modules_and_tied_weights_are_computed_once():
     assert {layer.name for layer in report.initialised} == {"first", "head"}
     assert "tied" in report["tied"].reason
     assert model.tied.weight is model.first.weight
+
+
+def test_a_head_that_is_tied_to_an_embedding_is_left_alone():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.inner(self.embed(x)).relu())
+
+    tokens = torch.randint(0, 9, (30, 6))
+    before = (model := Language()).embed.weight.clone()
+    report = sylinit.initialize_(model, [(tokens, tokens)])
+    assert {layer.name for layer in report.initialised} == {"inner"}
+    assert "tied to that of 'embed'" in report["head"].reason
+    assert torch.equal(before, model.embed.weight)
+
+
+def test_a_selected_layer_does_not_change_one_that_is_tied_to_it():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3))
+    model[1].weight = model[0].weight
+    before = model[0].weight.clone()
+    report = sylinit.initialize_(model, [vectors()], layers=["1", "2"])
+    assert {layer.name for layer in report.initialised} == {"2"}
+    assert torch.equal(before, model[0].weight)
+
+
+def test_filters_that_feed_a_normalisation_have_the_length_of_hes_start():
+    model = small_resnet()
+    sylinit.initialize_(model, [images()])
+    for conv in (model[3].conv1, model[3].conv2):
+        assert torch.allclose(conv.weight.flatten(1).norm(dim=1), torch.full((6,), 2**0.5))
+    lengths = model[0].weight.detach().flatten(1).norm(dim=1)  # has a bias: unit variance instead
+    assert float(lengths.max() / lengths.min()) > 1.1
 
 
 def test_several_inputs_mappings_and_forward():

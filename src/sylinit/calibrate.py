@@ -48,6 +48,19 @@ def calibrate_units(weight: Tensor, cov: Covariance, variance: float) -> Calibra
     return Calibrated(scaled, torch.zeros_like(scaled[:, :, 0]), (length <= tiny).squeeze(2))
 
 
+def calibrate_directions(weight: Tensor, length: float = 2**0.5) -> Calibrated:
+    """Give every unit the Euclidean length that He's start gives it, sqrt(2): for units that feed a normalisation.
+
+    Normalisation undoes their scale, so it changes nothing in the function. But the longer a unit, the smaller its step
+    in training: a unit along a strong direction, scaled to unit variance, would be short and move far at each step.
+    """
+    size = weight.norm(dim=2, keepdim=True)
+    tiny = torch.finfo(weight.dtype).tiny
+    return Calibrated(
+        weight * (length / size.clamp(min=tiny)), torch.zeros_like(weight[:, :, 0]), (size <= tiny).squeeze(2)
+    )
+
+
 def calibrate_logits(weight: Tensor, cov: Covariance, deviation: float = LOGIT_DEVIATION) -> Calibrated:
     """Keep the head's direction: one scale for all logits, so that their centred root mean square is ``deviation``."""
     spread = output_variance(weight, cov)

@@ -23,6 +23,7 @@ from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
+from sylinit.views import ConvView
 
 Rows = int | Literal["all"] | None
 
@@ -249,7 +250,7 @@ class _Pass:
             self._settings.encoding_weight,
             self._settings.variance,
             seed + 1,
-            self._head(door),
+            self._role(door),
         )
         if use_rows(code, gathered.used, view.dim):
             rows, targets = gathered.rows(self._processes)
@@ -271,10 +272,11 @@ class _Pass:
             return self._data.one_hot(max(2, door.view.units if door.view else 0))
         return self._data.targets
 
-    def _head(self, door: Door) -> str:
-        if not door.head:
-            return ""
-        return "logits" if self._data.kind.categorical else "values"
+    def _role(self, door: Door) -> str:
+        """What the layer's outputs are; a convolution without a bias is taken to feed a normalisation layer."""
+        if door.head:
+            return "logits" if self._data.kind.categorical else "values"
+        return "directions" if isinstance(door.view, ConvView) and not door.view.has_bias else "units"
 
     def _write(self, door: Door, solution: Solution, record: LayerReport) -> LayerReport:
         """Write a solution into the module; every process writes the numbers of the first."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sylinit.calibrate import Calibrated, calibrate_logits, calibrate_regression, calibrate_units
+from sylinit.calibrate import Calibrated, calibrate_directions, calibrate_logits, calibrate_regression, calibrate_units
 from sylinit.codes import CODES, NULL, Axes, Code, LinearCode, call, select_target
 from sylinit.errors import SylinitError
 from sylinit.moments import Covariance, Moments
@@ -26,7 +26,8 @@ class Problem:
         encoding_weight: lambda.
         variance: of each unit's output after calibration.
         seed: of everything random.
-        head: "" for an inner layer, "logits" or "values" for a head.
+        role: what its outputs are: "units", "directions" (units whose scale a normalisation will undo), "logits" or
+            "values".
     """
 
     name: str
@@ -35,7 +36,7 @@ class Problem:
     encoding_weight: float
     variance: float
     seed: int
-    head: str = ""
+    role: str = "units"
 
     def generator(self) -> torch.Generator:
         """A fresh generator: the same draws whichever process or route solves the layer."""
@@ -197,7 +198,7 @@ def _with_varied_targets(problem: Problem, cov: Covariance) -> tuple[Code, str]:
     """The code itself, or what it falls back to where all rows have the same target, which then tells nothing."""
     code = problem.code
     same = bool(cov.tt.trace() <= 1e-12 * cov.mean_t.square().sum())
-    if not same or not code.labels or problem.head or code.function is select_target:
+    if not same or not code.labels or problem.role in ("logits", "values") or code.function is select_target:
         return code, ""
     if code.fallback is None:
         raise SylinitError(
@@ -208,15 +209,17 @@ def _with_varied_targets(problem: Problem, cov: Covariance) -> tuple[Code, str]:
 
 
 def _code(problem: Problem, axes: Axes) -> LinearCode:
-    if problem.head == "logits" and problem.units == 1:
+    if problem.role == "logits" and problem.units == 1:
         sign = axes.tt.new_tensor([-1.0, 1.0]).view(1, 1, 2)  # one logit: the second class against the first
         return LinearCode(axes.variances.new_zeros(1, 1, axes.variances.shape[1]), sign)
     return problem.code.function(axes, problem.units, problem.generator())
 
 
 def _calibrate(weight: Tensor, cov: Covariance, problem: Problem) -> Calibrated:
-    if problem.head == "logits":
+    if problem.role == "logits":
         return calibrate_logits(weight, cov)
-    if problem.head == "values":
+    if problem.role == "values":
         return calibrate_regression(weight, cov)
+    if problem.role == "directions":
+        return calibrate_directions(weight)
     return calibrate_units(weight, cov, problem.variance)

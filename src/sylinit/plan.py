@@ -78,7 +78,9 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
     head_view, notes = _head(views, head, kind, names, chosen)
 
     doors: list[Door] = []
-    owners: dict[int, str] = {}
+    # A parameter that something left alone also uses is left alone too.
+    owners = {id(p): layer.name for layer in left for p in _own(modules.get(layer.name))}
+    owners |= {id(p): view.name for view in views if not chosen(view.name, view.module) for p in view.parameters}
     for view in views:
         if not chosen(view.name, view.module):
             left.append(_left(view.name, view.kind, "not selected by layers="))
@@ -242,7 +244,11 @@ def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], cho
 
 def _lazy(module: nn.Module) -> bool:
     tensors = [*module._parameters.values(), *module._buffers.values()]
-    return any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in tensors)
+    return any(isinstance(t, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)) for t in tensors)
+
+
+def _own(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters(recurse=False))
 
 
 def _quantised(module: nn.Module) -> bool:

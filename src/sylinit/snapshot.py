@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 
 class Snapshot:
@@ -24,7 +24,7 @@ class Snapshot:
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
         self._modes = [(module, module.training) for module in model.modules()]
         # A forward pass may replace, add or drop buffers, not only write into them.
-        self._registered = [
+        self._registered: list[tuple[Any, dict[str, Any]]] = [
             (registry, dict(registry))
             for module in model.modules()
             for registry in (module._parameters, module._buffers)
