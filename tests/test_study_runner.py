@@ -194,7 +194,7 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
         plan = replace(preset.plan(True), workers=1)
         store = Store(tmp_path / f"{preset.name}-quick.jsonl")
         study = run_study(plan, store)
-        found = panels(preset, study)
+        found = panels(preset, study)  # every table; the page below draws the figures into files
         assert found
         assert all(panel.figures and panel.cells for panel in found)
         assert all(len(cells) == len(panel.header) for panel in found for cells in panel.cells)

@@ -165,7 +165,7 @@ def compare(
     The learning rate of each start is tuned over one shared grid on training data that is held back; then every start
     is trained on the same examples, seed by seed, and measured on the test set, which nothing before has read.
     """
-    from sylinit.study.data import load
+    from sylinit.study.data import few_shot, held_back, load
     from sylinit.study.experiment import Experiment
     from sylinit.study.models import build
     from sylinit.study.runner import GRIDS, Plan
@@ -179,7 +179,9 @@ def compare(
     rates = _numbers(grid, "--grid") if grid else GRIDS[optimiser]
     with _waiting("loading data"):
         dataset = load(data)
-    build(model, dataset.shape, dataset.classes)  # a model that cannot be built should say so now
+    # what cannot work should say so now, not in the middle of a run
+    build(model, dataset.shape, dataset.classes)
+    held_back(dataset.train_y, few_shot(dataset.train_y, shots, 0), 1, 0)
     source = str(Path(data).resolve()) if Path(data).exists() else data
     arms = tuple(Experiment(source, model, name, shots, optimiser=optimiser, epochs=epochs) for name in names)
     plan = Plan(arms, grid=rates, seeds=tuple(range(seeds)), workers=workers)

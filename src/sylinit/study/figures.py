@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from sylinit.study.statistics import Interval, interval
 from sylinit.study.summary import Row, ranked
@@ -96,6 +97,8 @@ def lines(
         axes.plot(x, y, markersize=4, **looks[label])
         halves = [_half(value, scale) or 0.0 for _, value in points]
         low, high = ([v + sign * h for v, h in zip(y, halves, strict=True)] for sign in (-1, 1))
+        if scale == 100.0:  # an interval may reach beyond what an accuracy can be
+            low, high = [max(0.0, v) for v in low], [min(100.0, v) for v in high]
         axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.12, linewidth=0)
         ends.append((y[-1], x[-1], label))
     if log:
@@ -105,6 +108,8 @@ def lines(
         axes.minorticks_off()
     if scale == 1.0:
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel or TITLES.get(metric, metric))
     _plain(axes, "both")
     _name_ends(axes, ends, looks)

@@ -45,7 +45,7 @@ class Preset:
 
 
 FEW = ("he-normal", "xavier-normal", "lsuv", "sylinit")
-GRID, QUICK_GRID = GRIDS["sgd"], (0.03, 0.1)
+GRID, QUICK_GRID = GRIDS["sgd"], (0.01, 0.03)
 
 
 def fewshot(quick: bool) -> Plan:

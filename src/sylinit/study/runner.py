@@ -23,7 +23,7 @@ from sylinit.study.starts import apply_start
 from sylinit.study.store import Record, Store
 from sylinit.study.train import Recipe, train
 
-GRIDS = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+GRIDS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 """Learning rates that every start is tuned over, one shared grid for an optimiser."""
 
 VALIDATION = 2000

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class Store:
         return experiment.key in self.records
 
     def __getitem__(self, experiment: Experiment) -> Record:
-        return self.records[experiment.key]
+        # The record may name the data set only; who asks knows where it lies.
+        return replace(self.records[experiment.key], experiment=experiment)
 
     def add(self, experiment: Experiment, result: dict[str, Any]) -> Record:
         """Append a record and see it on the disk before returning."""

@@ -1,4 +1,12 @@
-"""Train several networks of one architecture at once, as one program over stacked weights (`torch.func`)."""
+"""Train several networks of one architecture at once, as one program over stacked weights (`torch.func`).
+
+The runner does not use it: it keeps every core busy with one process a core, results must be stored run by run, and
+starts are tuned to different learning rates. Measured on one thread of a busy two-core machine (ratio of the shortest
+of five interleaved times, one by one over together): a perceptron on digits 1.4 (6 members) to 1.6 (30 members),
+ResNet-20 on 8x8 images 1.6 and on 32x32 images 0.9 (4 members), the CNN on 32x32 images 0.4 (4 members), since a
+convolution with weights of its own for each member becomes a grouped one. Worth it for many small perceptrons, such as
+a sweep over seeds.
+"""
 
 from __future__ import annotations
 
