@@ -202,9 +202,12 @@ class _Pass:
             self._settings.progress(len(self._settled), len(self._plan.doors), door.name)
 
     def _check_entry(self, door: Door, waiting: dict[int, Any]) -> None:
-        """Look at all of the data when a lane comes to its first door; later layers are checked by the rows read."""
+        """Look at all of the data at a lane's first door, and at the head, where what came in later has joined it.
+
+        In between, layers are checked by the rows read.
+        """
         for lane, x in waiting.items():
-            if lane not in self._entered:
+            if door.head or lane not in self._entered:
                 self._entered.add(lane)
                 require_finite(door.name, x)
 

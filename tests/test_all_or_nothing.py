@@ -1,0 +1,312 @@
+"""Whatever goes wrong, and at whatever layer, the model and the program around it are bit for bit as they were."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylinit
+from conftest import images, small_resnet
+from sylinit.errors import SylinitError
+
+
+class Counter(nn.Module):
+    """Counts its calls in one buffer in place, and in another that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + torch.rand(2)
+        self.absent = x.sum()
+        random.random()
+        np.random.rand()  # noqa: NPY002 - the global state is what is watched
+        return x
+
+
+def make() -> nn.Sequential:
+    """A model with every kind of state, some of it odd."""
+    model = nn.Sequential(Counter(), *small_resnet())
+    model[1].register_forward_hook(lambda module, args, out: None)
+    model[4].norm1.eval()
+    model[4].conv2.weight.grad = torch.ones_like(model[4].conv2.weight)
+    with torch.no_grad():
+        model[1].weight.view(torch.int32)[0, 0, 0, 0] = 0x7FC01234  # a NaN with a payload
+        model[2].running_var.view(torch.int32)[0] = 0x7FC04321
+        model[8].bias[0] = -0.0
+    return model
+
+
+def bits(tensor: Tensor | None) -> bytes | None:
+    return None if tensor is None else tensor.detach().numpy().tobytes()
+
+
+def state(model: nn.Module, generator: torch.Generator | None = None, *, results: bool = True) -> dict[str, Any]:
+    """Everything that must survive; without the results of a success if asked so."""
+    seen: dict[str, Any] = {
+        "torch": bits(torch.get_rng_state()),
+        "python": random.getstate(),
+        "numpy": tuple(map(repr, np.random.get_state())),  # noqa: NPY002
+        "caller": None if generator is None else bits(generator.get_state()),
+        "grad": torch.is_grad_enabled(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "torch threads": torch.get_num_threads(),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    for name, module in model.named_modules():
+        hooks = [value for key, value in vars(module).items() if "hook" in key]
+        seen[f"{name} hooks"] = repr(hooks)
+        seen[f"{name} mode"] = module.training
+        seen[f"{name} names"] = (list(module._parameters), list(module._buffers), sorted(vars(module)))
+        for key, buffer in module._buffers.items():
+            if results or not key.startswith(("running", "num")):
+                seen[f"{name} {key}"] = (id(buffer), bits(buffer))
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                value = bits(parameter) if results else None
+                seen[f"{name} {key}"] = (id(parameter), parameter.requires_grad, bits(parameter.grad), value)
+    return seen
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [key for key in before | after if before.get(key) != after.get(key)]
+
+
+def check(
+    error: type[BaseException], call: Callable[[nn.Module, torch.Generator], Any], model: nn.Module | None = None
+):
+    """The call raises, and nothing has changed."""
+    model = make() if model is None else model
+    generator = torch.Generator().manual_seed(5)
+    before = state(model, generator)
+    with pytest.raises(error) as caught:
+        call(model, generator)
+    assert differing(before, state(model, generator)) == []
+    return caught.value
+
+
+def cut(count: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = images()
+    return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+
+MODULES = [name for name, _ in make().named_modules()]
+
+
+class Boom(Exception):
+    """What a broken model raises."""
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("place", MODULES)
+def test_an_exception_at_every_module(place, when, count, error):
+    model = make()
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:  # in the last lane, while the others wait
+            raise error("here")
+
+    module = model.get_submodule(place)
+    (module.register_forward_pre_hook if when == "before" else module.register_forward_hook)(hook)
+    check(error, lambda m, g: sylinit.initialize_(m, cut(count), generator=g), model)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_an_exception_in_the_progress_callback(count, error, done):
+    def progress(so_far: int, total: int, name: str) -> None:
+        assert total == 7
+        if so_far == done:
+            raise error
+
+    check(error, lambda m, g: sylinit.initialize_(m, cut(count), generator=g, progress=progress))
+
+
+def test_an_interrupt_from_the_keyboard_while_threads_run():
+    """A real signal, sent from a lane's thread: Python raises it in the main thread, which waits for its turn."""
+    import signal
+
+    model = make()
+    main = threading.main_thread()
+
+    def hook(*_: Any) -> None:
+        if threading.current_thread() is not main:
+            signal.pthread_kill(main.ident, signal.SIGINT)
+
+    model[3].register_forward_hook(hook)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        check(KeyboardInterrupt, lambda m, g: sylinit.initialize_(m, cut(3), generator=g), model)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("rows", [None, 10])
+def test_nan_and_inf_in_the_data(bad, batch, rows):
+    batches = cut(3)
+    batches[batch] = (batches[batch][0].clone(), batches[batch][1])
+    batches[batch][0][-1, -1, -1, -1] = bad
+    error = check(SylinitError, lambda m, g: sylinit.initialize_(m, batches, generator=g, rows=rows))
+    assert "NaN or infinite" in str(error)
+    assert "clean" in str(error)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_in_an_input_that_joins_later(bad):
+    """A second input is met by a later layer, few rows of which are read; it is not passed over."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 3)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.head((self.a(left) + self.b(right)).relu())
+
+    x = torch.randn(60, 12)
+    wrong = x.clone()
+    for place in (0, 17, 59):
+        wrong[place, 3] = bad
+        batches = [(x, wrong, torch.arange(60) % 3)]
+        check(SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, rows=4), Two())
+        wrong[place, 3] = 0
+
+
+def test_overflow_inside_the_model():
+    class Overflow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float("inf")
+
+    model = make()
+    model.insert(4, Overflow())
+    error = check(SylinitError, lambda m, g: sylinit.initialize_(m, cut(3), generator=g), model)
+    assert "layer '5" in str(error)
+
+
+def test_nan_in_real_valued_targets():
+    batches = [(x, y.double()) for x, y in cut(3)]
+    batches[1][1][3] = float("nan")
+    error = check(SylinitError, lambda m, g: sylinit.initialize_(m, batches, generator=g))
+    assert "target of batch 1" in str(error)
+
+
+def test_an_exhausted_iterator():
+    batches = iter(cut(3))
+    list(batches)
+    error = check(SylinitError, lambda m, g: sylinit.initialize_(m, batches, generator=g))
+    assert "exhausted" in str(error)
+
+
+def test_an_iterator_that_fails_midway():
+    def broken() -> Iterator[Any]:
+        yield cut(3)[0]
+        raise Boom("the disk is gone")
+
+    check(Boom, lambda m, g: sylinit.initialize_(m, broken(), generator=g))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("layer", ["1", "4.conv1", "4.conv2"])
+def test_a_code_that_raises(count, layer):
+    def code(x: Tensor) -> Tensor:
+        raise Boom("no code")
+
+    check(Boom, lambda m, g: sylinit.initialize_(m, cut(count), generator=g, code={layer: code}))
+
+
+def test_a_bad_layer_name_or_argument():
+    for wrong in ({"layers": "nothing"}, {"code": "nothing"}, {"variance": -1}, {"encoding_weight": 0}):
+        check(SylinitError, lambda m, g, wrong=wrong: sylinit.initialize_(m, cut(1), generator=g, **wrong))
+
+
+def test_a_model_that_catches_exceptions_does_not_hide_a_failure():
+    class Forgiving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(12, 12)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                x = self.inner(x)
+            except Exception:
+                x = x * 0
+            return self.head(x)
+
+    def code(x: Tensor) -> Tensor:
+        raise Boom
+
+    x, y = torch.randn(30, 12), torch.arange(30) % 3
+    check(Boom, lambda m, g: sylinit.initialize_(m, [(x, y), (x, y)], code=code, generator=g), Forgiving())
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_failure_under_the_callers_modes(around):
+    def progress(done: int, total: int, name: str) -> None:
+        if done == 5:
+            raise Boom
+
+    with around():
+        check(Boom, lambda m, g: sylinit.initialize_(m, cut(3), generator=g, progress=progress))
+    assert torch.is_grad_enabled()
+
+
+def test_after_a_failure_a_second_call_gives_what_a_first_one_gives():
+    x, y = images()
+    model = small_resnet()
+    other = copy.deepcopy(model)
+
+    def progress(done: int, total: int, name: str) -> None:
+        if done == 6:
+            raise Boom
+
+    with pytest.raises(Boom):
+        sylinit.initialize_(model, [(x, y)], progress=progress)
+    for each in (model, other):
+        sylinit.initialize_(each, [(x, y)])
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rows", [None, "all"])
+@pytest.mark.parametrize("code", ["mixed", "kmeans"])
+def test_success_changes_only_weights_and_statistics(count, rows, code):
+    model = make()
+    before = state(model, results=False)
+    tracked = model[2].num_batches_tracked.clone()
+    sylinit.initialize_(model, cut(count), rows=rows, code=code)
+    assert differing(before, state(model, results=False)) == []
+    assert torch.equal(model[2].num_batches_tracked, tracked)
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
+def test_layers_that_are_not_selected_keep_their_bits():
+    model = make()
+    with torch.no_grad():  # their NaN would be met by the layers after them
+        model[1].weight.nan_to_num_()
+        model[2].running_var.nan_to_num_()
+    before = state(model)
+    sylinit.initialize_(model, cut(3), layers="8")
+    assert set(differing(before, state(model))) == {"8 weight", "8 bias"}
