@@ -141,8 +141,9 @@ def execute(
 ) -> None:
     """Run what the store lacks, in processes of one thread each.
 
-    Two processes of one thread finish more small runs than one process of two threads: small layers do not fill two
-    threads. Ctrl-C and crashes lose the runs under way, not those that ended.
+    Sixteen steps of ResNet-20 on two cores took 1.6 to 2.3 s in two processes of one thread against 2.0 s in one
+    process of two threads; with other programs beside them the two threads, which wait for each other at every
+    operation, took over 35 s, the processes 12 s. Ctrl-C and crashes lose the runs under way, not those that ended.
     """
     missing = [e for e in dict.fromkeys(experiments) if e not in store]
     done = len(experiments) - len(missing)
