@@ -51,6 +51,57 @@ def test_residual(k, d, full, dtype, bound):
     assert torch.allclose(solution.residual.double(), (a @ w + w @ b - c).norm() / c.norm(), atol=bound)
 
 
+def spectrum(size: int, rank: int, decades: float, seed: int) -> Tensor:
+    """A symmetric matrix whose ``rank`` non-zero eigenvalues fall evenly from 1 to ``10^-decades``."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))[0][:, :rank]
+    return (q * torch.logspace(0, -decades, rank, dtype=torch.float64)) @ q.T
+
+
+@given(
+    k=st.integers(1, 24),
+    d=st.integers(1, 40),
+    share_a=st.floats(0, 1),
+    share_b=st.floats(0, 1),
+    decades=st.sampled_from([0, 3, 6, 12]),
+    scale_a=st.sampled_from([1e-18, 1e-8, 1.0, 1e8, 1e18]),
+    scale_b=st.sampled_from([1e-18, 1e-8, 1.0, 1e8, 1e18]),
+    single=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_residual_whatever_the_rank_scale_and_condition(
+    k, d, share_a, share_b, decades, scale_a, scale_b, single, seed
+):
+    dtype, bound = (torch.float32, 1e-5) if single else (torch.float64, 1e-12)
+    a = (scale_a * spectrum(k, round(share_a * k), decades, seed)).to(dtype)
+    b = (scale_b * spectrum(d, round(share_b * d), decades, seed + 1)).to(dtype)
+    w = torch.randn(k, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    c = (a.double() @ w + w @ b.double()).to(dtype)
+    solution = solve_sylvester(a, b, c)
+    found = solution.weight.double()
+    left = a.double() @ found + found @ b.double() - c.double()
+    true = float(left.norm() / c.double().norm()) if float(c.abs().max()) else float(found.norm())
+    assert true <= bound
+    assert abs(float(solution.residual) - true) <= 0.01 * bound
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e160])
+def test_sizes_whose_squares_leave_the_range_of_float64(scale):
+    a, b, c = system(3, 5, 3, 4)
+    solution = solve_sylvester(scale * a, scale * b, scale * c)
+    assert float(solution.residual) <= 1e-12
+    assert torch.allclose(solution.weight, solve_sylvester(a, b, c).weight)
+
+
+def test_zero_matrices_give_zero():
+    a, b, c = (torch.zeros(2, *shape) for shape in ((3, 3), (5, 5), (3, 5)))
+    solution = solve_sylvester(a, b, c)
+    assert solution.weight.count_nonzero() == 0
+    assert solution.residual.tolist() == [0, 0]
+    assert solution.rank.tolist() == [0, 0]
+    assert solve_sylvester(a, b, c + 1).residual.tolist() == [1, 1], "nothing of C lies in the range of zero"
+
+
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 8), (16, 27), (32, 144)])
 def test_agrees_with_scipy_where_the_system_is_regular(k, d):
     a, b, c = system(k, d, 2 * k, 2 * d)
@@ -83,12 +134,13 @@ def test_singular_systems_give_the_minimum_norm_answer(k, d, rank_a, rank_b, log
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_single(dtype):
+def test_half_precision_loses_only_its_rounding(dtype):
     a, b, c = (matrix.to(dtype) for matrix in system(8, 12, 8, 12))
-    half = solve_sylvester(a, b, c).weight
-    single = solve_sylvester(a.float(), b.float(), c.float()).weight
-    assert half.dtype == dtype
-    assert torch.equal(half, single.to(dtype))
+    half = solve_sylvester(a, b, c, rtol=1e-6)
+    exact = solve_sylvester(a.double(), b.double(), c.double(), rtol=1e-6)
+    assert half.weight.dtype == half.residual.dtype == dtype
+    assert torch.equal(half.weight, exact.weight.to(dtype))
+    assert float(exact.residual) < 1e-12 < float(half.residual) < 4 * torch.finfo(dtype).eps
 
 
 def test_a_batch_equals_its_members():
@@ -197,6 +249,8 @@ def test_sylvester_equals_the_kronecker_reference(rows):
         (lambda a, b, c: (a.float(), b, c), "one real floating-point dtype"),
         (lambda a, b, c: (a, b.clone().fill_(float("nan")), c), "b holds NaN"),
         (lambda a, b, c: (a, b, c[0]), "expected"),
+        (lambda a, b, c: (a, b + torch.ones(5, 5).triu(1), c), "b is not symmetric"),
+        (lambda a, b, c: (a[:0, :0], b, c[:0]), r"got a \[0, 0\]"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -209,3 +263,16 @@ def test_bad_input_to_sylvester_is_named():
         sylvester_(torch.empty(3, 5), torch.randn(4, 6), torch.randn(4, 3))
     with pytest.raises(SylinitError, match="at least 2"):
         sylvester_(torch.empty(3, 5), torch.randn(1, 5), torch.randn(1, 3))
+    x, s = torch.randn(4, 5), torch.randn(4, 3)
+    with pytest.raises(SylinitError, match="encoding_weight must be finite"):
+        sylvester_(torch.empty(3, 5), x, s, encoding_weight=-1.0)
+    with pytest.raises(SylinitError, match="s holds NaN"):
+        sylvester_(torch.empty(3, 5), x, s / 0)
+    with pytest.raises(SylinitError, match="at least 2 dimensions"):
+        sylvester_(torch.empty(5), x, s)
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_rows_that_do_not_vary_give_zero(rows):
+    weight = sylvester_(torch.ones(3, 5), torch.ones(rows, 5), torch.randn(rows, 3))
+    assert weight.count_nonzero() == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sylinit.eigh import robust_eigh
+
 COLUMNS = 4096
 """Columns of the rows that are converted to float64 at once."""
 
@@ -29,7 +31,7 @@ def row_space(rows: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
     for piece in pieces:
         wide = piece.double()
         gram.addmm_(wide, wide.T)
-    squares, left = torch.linalg.eigh(gram)
+    squares, left = robust_eigh(gram)
     keep = squares > rtol * squares[-1].clamp(min=torch.finfo(gram.dtype).tiny)
     left, sizes = left[:, keep].flip(1), squares[keep].sqrt().flip(0)
     basis = torch.cat([piece.double().T @ (left / sizes) for piece in pieces])

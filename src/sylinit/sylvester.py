@@ -8,11 +8,13 @@ solution of minimum norm.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sylinit.eigh import robust_eigh
 from sylinit.errors import SylinitError
 from sylinit.subspace import row_space
 
@@ -23,7 +25,8 @@ class Solution:
 
     Attributes:
         weight: ``W``, ``[..., k, d]``.
-        residual: ``||A W + W B - C|| / ||C||`` in the Frobenius norm, ``[...]``; 0 where ``C = 0``.
+        residual: ``||A W + W B - C|| / ||C||`` in the Frobenius norm, ``[...]``, of the weight as it is returned;
+            0 where ``C = 0``.
         rank: number of eigenvalue pairs ``a_i + b_j`` that are not numerically zero, ``[...]``: k d if regular.
     """
 
@@ -37,37 +40,47 @@ def solve_sylvester(a: Tensor, b: Tensor, c: Tensor, *, rtol: float | None = Non
     """Solve ``A W + W B = C`` for symmetric positive semidefinite ``A`` and ``B``.
 
     Singular systems give the least-squares solution of minimum norm; they are no error. Leading dimensions are a batch.
-    Half precision is computed in float32. In float32, one step of iterative refinement halves the digits lost.
+    All dtypes are computed in float64, for an ill-conditioned system leaves float32 no fifth digit.
 
     Args:
-        a: ``A``, ``[..., k, k]``; only its symmetric part counts.
-        b: ``B``, ``[..., d, d]``; likewise.
+        a: ``A``, ``[..., k, k]``.
+        b: ``B``, ``[..., d, d]``.
         c: ``C``, ``[..., k, d]``.
-        rtol: pairs ``a_i + b_j`` below this share of the largest count as zero; default ``max(k, d) eps``.
+        rtol: pairs ``a_i + b_j`` below this share of the largest count as zero; by default what rounding makes of a
+            zero, in the given dtype and in the eigendecomposition: ``max(4 eps(dtype), max(k, d) eps(float64))``.
 
     Returns:
         The solution, its residual and its numerical rank, in the dtype and on the device of ``c``.
 
     Raises:
-        SylinitError: shapes that do not fit, dtypes or devices that differ, or NaN or infinite entries.
+        SylinitError: shapes that do not fit, dtypes or devices that differ, NaN or infinite entries, or an ``a`` or
+            ``b`` that is not symmetric.
     """
-    _check(a, b, c)
+    _check_form(a, b, c)
     dtype = c.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        a, b, c = a.float(), b.float(), c.float()
-    a, b = _symmetric(a), _symmetric(b)
+    a, b, c = a.double(), b.double(), c.double()
+    _check_entries(a, b, c, torch.finfo(dtype).eps ** 0.5)
+    # Divided by their sizes, no norm overflows or underflows; A and B share one size, as their sum counts.
+    size, size_c = torch.maximum(_size(a), _size(b)), _size(c)
+    a, b, c = (a + a.mT) / (2 * size), (b + b.mT) / (2 * size), c / size_c
+
     values_a, u = robust_eigh(a)
     values_b, v = robust_eigh(b)
+    if rtol is None:
+        rtol = max(4 * torch.finfo(dtype).eps, max(c.shape[-2:]) * torch.finfo(c.dtype).eps)
     inverse = pair_inverse(values_a, values_b, rtol)
 
     def apply_inverse(right: Tensor) -> Tensor:
         return u @ (inverse * (u.mT @ right @ v)) @ v.mT
 
     w = apply_inverse(c)
-    w = w + apply_inverse(c - a @ w - w @ b)
-    size = torch.linalg.matrix_norm(c)
-    residual = torch.linalg.matrix_norm(a @ w + w @ b - c) / torch.where(size > 0, size, 1)
-    return Solution(w.to(dtype), residual.to(dtype), (inverse > 0).sum((-2, -1)))
+    w = w + apply_inverse(c - a @ w - w @ b)  # the eigenvectors are orthonormal to rounding only
+
+    weight = (w * (size_c / size)).to(dtype)
+    w = weight * (size / size_c)
+    norm = torch.linalg.matrix_norm(c)
+    residual = torch.linalg.matrix_norm(a @ w + w @ b - c) / torch.where(norm > 0, norm, 1)
+    return Solution(weight, residual.to(dtype), (inverse != 0).sum((-2, -1)))
 
 
 def solve_diagonal(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -77,29 +90,12 @@ def solve_diagonal(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def pair_inverse(a: Tensor, b: Tensor, rtol: float | None = None) -> Tensor:
-    """``1 / (a_i + b_j)``, ``[..., k, d]``, 0 where the sum is numerically zero; negative eigenvalues are rounding."""
-    total = a.clamp(min=0).unsqueeze(-1) + b.clamp(min=0).unsqueeze(-2)
-    rtol = max(total.shape[-2:]) * torch.finfo(total.dtype).eps if rtol is None else rtol
-    regular = total > (rtol * total.amax((-2, -1), keepdim=True)).clamp(min=torch.finfo(total.dtype).tiny)
+    """``1 / (a_i + b_j)``, ``[..., k, d]``, and 0 where the sum is numerically zero: below ``rtol`` of the largest."""
+    total = a.unsqueeze(-1) + b.unsqueeze(-2)
+    limits = torch.finfo(total.dtype)
+    rtol = max(total.shape[-2:]) * limits.eps if rtol is None else rtol
+    regular = total.abs() > (rtol * total.abs().amax((-2, -1), keepdim=True)).clamp(min=limits.tiny)
     return torch.where(regular, 1 / torch.where(regular, total, 1), 0)
-
-
-def robust_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh``, in float64 and then on the CPU where it does not converge, as CUDA's float32 can fail to.
-
-    Returns:
-        Ascending eigenvalues ``[..., m]`` and eigenvectors ``[..., m, m]``, in the dtype and on the device given.
-    """
-    last = matrix.double().cpu
-    for attempt in (lambda: matrix, matrix.double, last):
-        try:
-            values, vectors = torch.linalg.eigh(attempt())
-        except torch.linalg.LinAlgError:
-            continue
-        return values.to(matrix), vectors.to(matrix)
-    raise SylinitError(
-        f"eigendecomposition of a {list(matrix.shape)} matrix failed; are there NaN or infinite entries?"
-    )
 
 
 def objective(weight: Tensor, x: Tensor, s: Tensor, encoding_weight: float = 1.0) -> Tensor:
@@ -126,11 +122,14 @@ def sylvester_(weight: Tensor, x: Tensor, s: Tensor, *, encoding_weight: float =
         ``weight``.
 
     Raises:
-        SylinitError: shapes that do not fit, or fewer than two rows.
+        SylinitError: shapes that do not fit, fewer than two rows, a negative or infinite ``encoding_weight``, or rows or
+            a code with NaN or infinite entries.
 
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
     """
-    units, dim = weight.shape[0], weight[0].numel()
+    if weight.ndim < 2:
+        raise SylinitError(f"sylvester_: weight must have at least 2 dimensions, [k, ...]; got {list(weight.shape)}")
+    units, dim = weight.shape[0], math.prod(weight.shape[1:])
     if x.ndim != 2 or s.ndim != 2 or x.shape[1] != dim or s.shape != (len(x), units):
         raise SylinitError(
             f"sylvester_: weight {list(weight.shape)} needs x of shape [n, {dim}] and s of shape [n, {units}]; "
@@ -138,33 +137,58 @@ def sylvester_(weight: Tensor, x: Tensor, s: Tensor, *, encoding_weight: float =
         )
     if len(x) < 2:
         raise SylinitError(f"sylvester_: x has {len(x)} row; at least 2 are needed")
+    if not 0 <= encoding_weight < math.inf:
+        raise SylinitError(f"sylvester_: encoding_weight must be finite and not negative; got {encoding_weight}")
+    for name, tensor in (("x", x), ("s", s)):
+        if not bool(tensor.isfinite().all()):
+            raise SylinitError(f"sylvester_: {name} holds NaN or infinite entries")
     x, s = x.double(), s.double()
     x, s = x - x.mean(0), s - s.mean(0)
     s = s * (x.square().mean() / s.square().mean().clamp(min=torch.finfo(s.dtype).tiny)).sqrt()
     basis, coordinates = row_space(x) if len(x) < dim else (None, x)
+    if not coordinates.shape[1]:  # rows that do not vary say nothing
+        return weight.zero_()
     w = solve_sylvester(
         s.T @ s, encoding_weight * (coordinates.T @ coordinates), (1 + encoding_weight) * (s.T @ coordinates)
     ).weight
     return weight.copy_((w if basis is None else w @ basis.mT).view(weight.shape))
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
+def _size(matrix: Tensor) -> Tensor:
+    """The largest absolute entry, ``[..., 1, 1]``; 1 for a matrix of zeros."""
+    size = matrix.abs().amax((-2, -1), keepdim=True)
+    return torch.where(size > 0, size, 1)
 
 
-def _check(a: Tensor, b: Tensor, c: Tensor) -> None:
-    shapes = f"a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
+def _check_form(a: Tensor, b: Tensor, c: Tensor) -> None:
     if (
         min(a.ndim, b.ndim, c.ndim) < 2
         or a.shape != (*c.shape[:-1], c.shape[-2])
         or b.shape != (*c.shape[:-2], c.shape[-1], c.shape[-1])
+        or 0 in c.shape[-2:]
     ):
-        raise SylinitError(f"solve_sylvester: expected a [..., k, k], b [..., d, d] and c [..., k, d]; got {shapes}")
+        raise SylinitError(
+            "solve_sylvester: expected a [..., k, k], b [..., d, d] and c [..., k, d] with equal leading dimensions; "
+            f"got a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
+        )
     if not (a.dtype == b.dtype == c.dtype and a.device == b.device == c.device and c.is_floating_point()):
         raise SylinitError(
             "solve_sylvester: a, b and c must have one real floating-point dtype and one device; got "
             f"{a.dtype} on {a.device}, {b.dtype} on {b.device}, {c.dtype} on {c.device}"
         )
-    for name, matrix in (("a", a), ("b", b), ("c", c)):
-        if not bool(matrix.isfinite().all()):
+
+
+def _check_entries(a: Tensor, b: Tensor, c: Tensor, tolerance: float) -> None:
+    """All checks that need the entries in one transfer to the host."""
+    finite = [matrix.isfinite().all() for matrix in (a, b, c)]
+    symmetric = [((matrix - matrix.mT).abs() <= tolerance * _size(matrix)).all() for matrix in (a, b)]
+    passed = torch.stack(finite + symmetric).tolist()
+    for name, good in zip("abc", passed[:3], strict=True):
+        if not good:
             raise SylinitError(f"solve_sylvester: {name} holds NaN or infinite entries")
+    for name, good in zip("ab", passed[3:], strict=True):
+        if not good:
+            raise SylinitError(
+                f"solve_sylvester: {name} is not symmetric; this solver is for covariance-like matrices, "
+                "scipy.linalg.solve_sylvester takes any"
+            )
