@@ -156,6 +156,17 @@ def whitening(variances: Tensor) -> Tensor:
     return torch.where(variances > 0, variances.clamp(min=torch.finfo(variances.dtype).tiny).rsqrt(), 0)
 
 
+def mixtures(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` random mixtures of the whitened axes that carry data, ``[g, count, r]``, each of variance one.
+
+    The draw depends on the data's rank only, so it is the same whether null axes were dropped or not.
+    """
+    alive = axes.variances > 0
+    rows = orthogonal_rows(count, int(alive.sum(1).max()), generator, axes.variances)
+    rows = torch.nn.functional.pad(rows, (0, alive.shape[1] - rows.shape[1])) * alive.unsqueeze(1)
+    return torch.nn.functional.normalize(rows, dim=2) * whitening(axes.variances).unsqueeze(1)
+
+
 def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, white: bool = False) -> Tensor:
     """Rows ``[g, k, r]``: unit ``rank[g, k]`` is that principal axis, past the last one a random mixture of white axes.
 
@@ -174,7 +185,7 @@ def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, whi
     last = int(rank.max())
     if last < int(alive.min()):
         return component
-    mixture = orthogonal_rows(last + 1, dim, generator, axes.variances)[rank] * whiten
+    mixture = mixtures(axes, last + 1, generator).take_along_dim(rank.unsqueeze(2), 1)
     if not white:
         mixture = mixture * axes.variances[:, :1, None].sqrt()
     return torch.where((rank < alive).unsqueeze(2), component, mixture)
@@ -189,6 +200,10 @@ def pca(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     return LinearCode(on_x, on_x.new_zeros(groups, units, axes.tt.shape[0]))
 
 
+FEW_DIRECTIONS = 5
+"""In a whitened target of fewer dimensions than this, many random directions nearly repeat each other."""
+
+
 def target_units(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
     """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank."""
     values, vectors = torch.linalg.eigh(axes.tt)
@@ -197,12 +212,29 @@ def target_units(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
     return orthogonal_rows(count, int(keep.sum()), generator, axes.tt) @ white.T
 
 
+def told_apart(axes: Axes, is_label: Tensor, generator: torch.Generator) -> Tensor:
+    """What keeps label units from repeating where the classes are few, ``[g, k, r]``.
+
+    The units beyond the rank of such a target also get a random mixture of white principal axes, of variance one.
+
+    Args:
+        axes: the layer's statistics.
+        is_label: ``[g, k]``, which units are label units.
+        generator: for the mixtures.
+    """
+    rank = int(torch.linalg.matrix_rank(axes.tt, hermitian=True, rtol=NULL))
+    repeats = is_label & (is_label.flatten().cumsum(0).view_as(is_label) > rank)
+    if rank >= FEW_DIRECTIONS or not bool(repeats.any()):
+        return axes.variances.new_zeros(*is_label.shape, axes.variances.shape[1])
+    return mixtures(axes, is_label.shape[1], generator).masked_fill(~repeats.unsqueeze(2), 0)
+
+
 @register_code("label", needs="moments", labels=True)
 def label(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     """Every unit a different random direction of the whitened targets (for classes: of the one-hot code)."""
     groups = axes.variances.shape[0]
     on_t = target_units(axes, groups * units, generator).view(groups, units, -1)
-    return LinearCode(axes.variances.new_zeros(groups, units, axes.variances.shape[1]), on_t)
+    return LinearCode(told_apart(axes, torch.ones_like(on_t[..., 0], dtype=torch.bool), generator), on_t)
 
 
 def mixed(label_share: float = 0.25) -> Code:
@@ -223,7 +255,7 @@ def mixed(label_share: float = 0.25) -> Code:
         rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
         directions = target_units(axes, int(running[-1]), generator)
         on_x = principal_units(axes, rank, generator, white=True)
-        on_x = on_x.masked_fill(is_label.unsqueeze(2), 0)
+        on_x = on_x.masked_fill(is_label.unsqueeze(2), 0) + told_apart(axes, is_label, generator)
         on_t = on_x.new_zeros(groups, units, axes.tt.shape[0])
         on_t[is_label] = directions
         return LinearCode(on_x, on_t)
@@ -336,17 +368,27 @@ def _asked(code: Code, layer: str, offered: Collection[str]) -> list[str]:
     return [p.name for p in others if p.name in offered]
 
 
+REPEATED = 0.99
+"""Two columns of a code whose correlation is at least this say the same."""
+
+
 def fill(s: Tensor, units: int, generator: torch.Generator) -> Tensor:
-    """Bring a code ``[n, m]`` to ``units`` columns by random mixtures of its whitened columns."""
-    missing = units - s.shape[1]
-    if missing <= 0:
-        return s
+    """Bring a code ``[n, m]`` to ``units`` columns by random mixtures of its whitened columns.
+
+    Columns that are constant, or say what an earlier one says, make room for such mixtures too.
+    """
     centred = s - s.mean(0)
+    length = centred.norm(dim=0)
+    unit = centred / length.clamp(min=torch.finfo(s.dtype).tiny)
+    repeated = ((unit.T @ unit).triu(1).abs() > REPEATED).any(0) | (length <= NULL * length.max())
+    missing = units - int((~repeated).sum())
+    if not missing:
+        return s
     values, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(s)))
     keep = values > values[-1].clamp(min=0) * NULL
     white = centred @ (vectors[:, keep] * values[keep].rsqrt())
     mixture = white @ orthogonal_rows(missing, int(keep.sum()), generator, s).T
-    return torch.cat([s, mixture * s.var(0).mean().sqrt()], 1)
+    return torch.cat([s[:, ~repeated], mixture * s.var(0).mean().sqrt()], 1)
 
 
 @register_code("random")
