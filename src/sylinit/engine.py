@@ -80,10 +80,12 @@ def initialize_(
     Raises:
         SylinitError: for bad input, naming the layer or argument, what was expected, what came and the remedy.
     """
-    _check_arguments(model, encoding_weight, variance, head, rows, generator, progress, forward)
     started = time.perf_counter()
-    model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
     processes = Processes(group)
+    processes.together(
+        lambda: _check_arguments(model, encoding_weight, variance, head, rows, generator, progress, forward)
+    )
+    model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
     snapshot = Snapshot(model, generator)
     succeeded = False
     run: _Pass | None = None
