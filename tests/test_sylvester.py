@@ -192,7 +192,7 @@ def test_the_objective_is_stationary_at_the_solution(encoding_weight, count):
     (at_zero,) = torch.autograd.grad(objective(zero, x, s, encoding_weight), zero)
     assert float(gradient.norm()) < 1e-9 * float(at_zero.norm())
     nearby = objective(weight.detach() + 1e-3 * torch.randn_like(weight), x, s, encoding_weight)
-    assert float(nearby) > float(loss)
+    assert float(nearby) > float(loss.detach())
 
 
 @given(log_weight=st.floats(-3, 3), seed=st.integers(0, 20))

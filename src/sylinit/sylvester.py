@@ -122,8 +122,8 @@ def sylvester_(weight: Tensor, x: Tensor, s: Tensor, *, encoding_weight: float =
         ``weight``.
 
     Raises:
-        SylinitError: shapes that do not fit, fewer than two rows, a negative or infinite ``encoding_weight``, or rows or
-            a code with NaN or infinite entries.
+        SylinitError: shapes that do not fit, fewer than two rows, a negative or infinite ``encoding_weight``,
+            or NaN or infinite entries.
 
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
     """
