@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from sylinit.errors import SylinitError
 from sylinit.study import runner
 from sylinit.study.data import load
 from sylinit.study.experiment import Experiment
+from sylinit.study.forecast import counted, forecast
 from sylinit.study.page import panels, write_page
-from sylinit.study.presets import PRESETS
+from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
 from sylinit.study.store import Record, Store
 from sylinit.study.summary import rows, verdict
@@ -92,11 +94,13 @@ def test_a_study_tunes_then_tests_and_a_rerun_runs_nothing(tmp_path: Path, monke
 
     monkeypatch.setitem(runner.TASKS, "train", fake)
     plan = Plan((TINY, replace(TINY, start="sylinit")), grid=(0.1, 0.2), seeds=(0, 1, 2), workers=1)
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[int, int, str, float]] = []
     study = run_study(plan, Store(tmp_path / "r.jsonl"), lambda *call: calls.append(call))
     assert [e.split for e in ran] == ["validation"] * 4 + ["test"] * 6
     assert {e.lr for e in ran[4:]} == {0.2}
     assert calls[-1][:2] == (10, 10)
+    assert [left for *_, left in calls] == sorted((left for *_, left in calls), reverse=True)
+    assert calls[-1][3] == 0
     assert study.at_edge == (TINY.method, plan.arms[1].method)
     assert [row.interval("after").mean for row in rows(study)] == [pytest.approx(0.21)] * 2
     again = run_study(plan, Store(tmp_path / "r.jsonl"))
@@ -138,6 +142,86 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     assert all(replace(TINY, seed=seed) in store for seed in range(whole))
 
 
+def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(experiment: Experiment) -> dict[str, Any]:
+        if experiment.start == "lsuv" and experiment.lr == 0.2:
+            raise RuntimeError("no")
+        return {"after": 0.5}
+
+    monkeypatch.setitem(runner.TASKS, "train", fake)
+    plan = Plan(tuple(replace(TINY, start=s) for s in ("lsuv", "sylinit")), grid=(0.1, 0.2), workers=1)
+    store = Store(tmp_path / "r.jsonl")
+    with pytest.raises(SylinitError, match=r"1 runs failed.*lsuv.*0\.2.*RuntimeError: no"):
+        run_study(plan, store)
+    done = [record.experiment.start for record in store.records.values()]
+    assert (done.count("lsuv"), done.count("sylinit")) == (1, 2 + 3)  # untuned, lsuv has no final runs
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
+    (tmp_path / "slow_for_test.py").write_text(
+        "import os, pathlib, time\n"
+        "def work(name):\n"
+        "    pathlib.Path(name + '.part').write_text(str(os.getpid())); os.rename(name + '.part', name)\n"
+        "    while True: time.sleep(0.05)\n"
+    )
+    program = (
+        "from slow_for_test import work\nfrom sylinit.study.pool import run_each\n"
+        "if __name__ == '__main__': list(run_each(work, ['1', '2', '3', '4'], 2))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    first = [tmp_path / "1", tmp_path / "2"]
+    _until(lambda: all(path.exists() for path in first))
+    pids = [int(path.read_text()) for path in first]
+    os.kill(process.pid, how)
+    process.wait(timeout=100)  # nor does Ctrl-C wait for the runs under way
+    _until(lambda: not any(_alive(pid) for pid in pids))
+    assert not (tmp_path / "3").exists()
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")  # ended, not yet reaped
+
+
+def test_a_part_of_a_study_is_completed_by_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runner.TASKS, "train", lambda e: {"after": e.lr, "run_seconds": 1})
+    monkeypatch.setattr(runner, "prepare", lambda experiments, report: None)
+    whole = replace(PRESETS["fewshot"].plan(False), workers=1)
+    wanted = {"--only": ("label", ["sylinit", "lsuv"]), "--shots": ("shots", ["10"]), "--models": ("model", ["cnn"])}
+    few = replace(part(whole, wanted), seeds=whole.seeds[:2])
+    assert len(few) == 2 * 2 * (5 + 2)
+    store = Store(tmp_path / "r.jsonl")
+    assert len(run_study(few, store).records) == 8
+    assert runner.remaining(whole, store)[0] == len(whole) - len(few)
+    assert len(read(whole, store).records) == 8
+    with pytest.raises(SylinitError, match="--shots 11: this study has 5, 10, 20"):
+        part(whole, {"--shots": ("shots", ["11"])})
+
+
+def test_forecasts_follow_the_runs_that_were_made() -> None:
+    cnn, resnet = replace(TINY, model="cnn", shots=50), replace(TINY, model="resnet20", shots=50)
+    slow = [Record(cnn, {"run_seconds": 3 * counted(cnn)}, {})]
+    longer = replace(cnn, epochs=200)
+    assert forecast([longer], []) == counted(longer)
+    assert forecast([longer, resnet], slow) == pytest.approx(3 * (counted(longer) + counted(resnet)))
+    both = [*slow, Record(resnet, {"run_seconds": counted(resnet)}, {})]
+    assert forecast([longer, resnet], both) == pytest.approx(3 * counted(longer) + counted(resnet))
+
+
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     experiments = [replace(TINY, seed=seed) for seed in range(2)]
     store = Store(tmp_path / "r.jsonl")
@@ -170,7 +254,7 @@ def test_the_verdict_says_how_sure_it_is() -> None:
 @pytest.mark.parametrize("quick", [True, False])
 def test_presets_are_well_formed(name: str, quick: bool) -> None:
     plan = PRESETS[name].plan(quick)
-    finals = plan.final({})
+    finals = replace(plan, grid=()).final({})
     assert len({e.key for e in finals}) == len(finals)
     assert len({e.key for e in plan.tuning()}) == len(plan.arms) * len(plan.grid) * plan.tuning_seeds
     if name in ("codes", "lambda", "samples"):
@@ -189,7 +273,7 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
 
     for task in list(runner.TASKS):
         monkeypatch.setitem(runner.TASKS, task, fake)
-    monkeypatch.setattr(runner, "prepare", lambda experiments: None)
+    monkeypatch.setattr(runner, "prepare", lambda experiments, report: None)
     for preset in PRESETS.values():
         plan = replace(preset.plan(True), workers=1)
         store = Store(tmp_path / f"{preset.name}-quick.jsonl")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +22,19 @@ try:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.table import Table
+    from rich.text import Text
 except ImportError as missing:  # pragma: no cover
     raise SystemExit(f"the sylinit command needs more packages: pip install 'sylinit[study]' ({missing})") from missing
 
 if TYPE_CHECKING:
     from sylinit.study.runner import Study
+    from sylinit.study.store import Store
     from sylinit.study.summary import Row
 
 app = typer.Typer(
@@ -188,8 +193,7 @@ def compare(
     size = len(dataset.test_y)
     console.print(
         f"{model} on {data}: {shots} examples of each of {dataset.classes} classes, {epochs} epochs, {seeds} seeds; "
-        f"measured on {size:,} test samples ({dataset.note}).\n"
-        f"{len(plan.tuning())} runs to tune, {len(names) * seeds} to compare.",
+        f"measured on {size:,} test samples ({dataset.note}).",
         highlight=False,
     )
     study = _run(plan, out / "results.jsonl")
@@ -208,17 +212,27 @@ def study(
     ],
     quick: Annotated[bool, typer.Option("--quick", help="A small version, to try it.")] = False,
     out: Annotated[Path, typer.Option(help="Directory of the results; a rerun resumes.")] = Path("sylinit-study"),
+    only: Annotated[str, typer.Option(help="A part: comma-separated starts, such as 'he-normal,sylinit'.")] = "",
+    models: Annotated[str, typer.Option(help="A part: comma-separated networks.")] = "",
+    data: Annotated[str, typer.Option(help="A part: comma-separated data sets.")] = "",
+    shots: Annotated[str, typer.Option(help="A part: comma-separated numbers of examples a class.")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="A part: so many seeds, counted from the first.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="A shorter or longer schedule than the preset's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to run and stop.")] = False,
     cifar10: Annotated[str, typer.Option(help="Local copy of CIFAR-10; by default from the hub.")] = "",
     fashion_mnist: Annotated[str, typer.Option(help="Local copy of Fashion-MNIST; by default from the hub.")] = "",
     workers: Workers = None,
 ) -> None:
-    """Answer one question about starts from data, or write the page of all answers."""
+    """Answer one question about starts from data, or write the page of all answers.
+
+    Results of a part go into the file of the whole, so that a later run without the options for parts completes it.
+    """
     import difflib
     from dataclasses import replace
 
     from sylinit.study.figures import save
     from sylinit.study.page import panels, results_file, write_page
-    from sylinit.study.presets import PRESETS
+    from sylinit.study.presets import PRESETS, part
 
     if preset == "report":
         with _waiting("drawing"):
@@ -233,10 +247,20 @@ def study(
         if copy:  # worker processes inherit it
             os.environ[f"SYLINIT_{name}"] = str(Path(copy).resolve()) if Path(copy).exists() else copy
     chosen = PRESETS[preset]
-    plan = chosen.plan(quick)
-    plan = replace(plan, workers=workers) if workers else plan
-    console.print(f"{chosen.question} {len(plan.tuning())} runs to tune, {len(plan.arms) * len(plan.seeds)} to report.")
+    wanted = {"--only": ("label", only), "--models": ("model", models), "--data": ("dataset", data)}
+    wanted["--shots"] = ("shots", shots)
+    plan = part(chosen.plan(quick), {option: (name, _words(text)) for option, (name, text) in wanted.items() if text})
+    plan = replace(
+        plan,
+        arms=tuple(replace(arm, epochs=epochs) for arm in plan.arms) if epochs else plan.arms,
+        seeds=plan.seeds[:seeds],
+        workers=workers or plan.workers,
+    )
+    console.print(chosen.question)
     path = results_file(out, chosen, quick)
+    if dry_run:
+        _announce(plan, path)
+        return
     for number, panel in enumerate(panels(chosen, _run(plan, path))):
         table = Table(title=panel.title, title_justify="left")
         for place, name in enumerate(panel.header):
@@ -256,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
     try:
         app(given)
     except SylinitError as error:
@@ -280,10 +305,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(plan: Any, path: Path) -> Study:
     from sylinit.study.runner import run_study
+
+    store = _announce(plan, path)
+    with _bar("runs") as progress:
+        return run_study(plan, store, progress)
+
+
+def _announce(plan: Any, path: Path) -> Store:
+    """Say how many runs there are and how long they will take; returns the store that they go into."""
+    from sylinit.study.pool import cores
+    from sylinit.study.runner import remaining
     from sylinit.study.store import Store
 
-    with _bar("runs") as progress:
-        return run_study(plan, Store(path), progress)
+    store = Store(path)
+    missing, seconds = remaining(plan, store)
+    workers = plan.workers or cores()
+    tuning = len(plan.tuning())
+    console.print(f"{tuning} runs to tune, {len(plan) - tuning} to report; {len(plan) - missing} are done.", end=" ")
+    if missing:
+        console.print(
+            f"About {_duration(seconds / workers)} on {workers} {'process' if workers == 1 else 'processes'}, by a "
+            "rough count. Stop it at any time: the same command goes on from there.",
+            highlight=False,
+        )
+    else:
+        console.print("")
+    return store
 
 
 def _show(study: Study, figure: Path, title: str) -> None:
@@ -323,31 +370,52 @@ def _table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+class _Left(ProgressColumn):
+    """Time left, as the work at hand says, or else as the pace so far says."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        left = task.time_remaining if ends is None else max(0.0, ends - time.monotonic())
+        return Text("" if left is None else f"{_duration(left)} left")
+
+
 @contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar that shows itself only once the work has taken `PATIENCE` seconds and is not over."""
+def _bar(unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar that shows itself only once the work has taken `PATIENCE` seconds."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         console=errors,
         transient=True,
     )
-    began, task = time.monotonic(), bar.add_task("", total=None)
+    task = bar.add_task("", total=None, ends=None)
+    # by a clock, not by an update: the first run of a study may take minutes
+    timer = threading.Timer(PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
 
-    def update(done: int, total: int, name: str) -> None:
-        bar.update(task, completed=done, total=total, description=_escaped(name))
-        if not bar.live.is_started and done < total and time.monotonic() - began > PATIENCE:
-            bar.start()
+    def update(done: int, total: int, name: str, left: float | None = None) -> None:
+        ends = None if left is None else time.monotonic() + left
+        bar.update(task, completed=done, total=total, description=_escaped(name), ends=ends)
 
     try:
         yield update
     finally:
+        timer.cancel()
+        timer.join()
         bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -364,6 +432,10 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     if not all(value > 0 for value in values):
         raise SylinitError(f"{option} {text}: learning rates must be positive")
     return values
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _escaped(text: str) -> str:

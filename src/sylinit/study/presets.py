@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sylinit.errors import SylinitError
 from sylinit.study.experiment import Experiment
 from sylinit.study.finetune import HEADS
 from sylinit.study.runner import GRIDS, Plan
@@ -172,6 +173,28 @@ def _sweep(quick: bool, options: list[Pairs]) -> Plan:
 
 def _plan(arms: list[Experiment], quick: bool, *, seeds: int) -> Plan:
     return Plan(tuple(arms), grid=QUICK_GRID if quick else GRID, seeds=tuple(range(2 if quick else seeds)))
+
+
+def part(plan: Plan, wanted: Mapping[str, tuple[str, Sequence[str]]]) -> Plan:
+    """The arms of a plan that have given values.
+
+    Args:
+        plan: of a preset.
+        wanted: for each option of the command, a field of `Experiment` and the values wanted, as text.
+
+    Raises:
+        SylinitError: for a value that no arm has.
+    """
+    arms = plan.arms
+    for option, (name, values) in wanted.items():
+        there = list(dict.fromkeys(str(arm.get(name)) for arm in plan.arms))
+        for value in values:
+            if value not in there:
+                raise SylinitError(f"{option} {value}: this study has {', '.join(there)}")
+        arms = tuple(arm for arm in arms if str(arm.get(name)) in values)
+    if not arms:
+        raise SylinitError(f"{' '.join(wanted)}: nothing in this study has all of these at once")
+    return replace(plan, arms=arms)
 
 
 PRESETS = {

