@@ -19,7 +19,7 @@ from sylinit.errors import SylinitError
 from sylinit.study.figures import lines, save
 from sylinit.study.finetune import HEADS, features, replace_head
 from sylinit.study.models import MODELS, build
-from sylinit.study.starts import STARTS, apply_start
+from sylinit.study.starts import STARTS, apply_start, equal_rates
 from sylinit.study.statistics import exponent, interval, paired
 from sylinit.study.train import Recipe, accuracy, area_under, augment, train
 from sylinit.study.vectorised import train_together
@@ -107,8 +107,47 @@ def test_pca_whitening_decorrelates() -> None:
     model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
     apply_start("pca-whitening", model, x, y, 0)
     out = model[0](x)
-    torch.testing.assert_close(torch.cov(out.T, correction=0), torch.eye(6), atol=1e-3, rtol=0)
+    covariance = torch.cov(out.T, correction=0)
+    torch.testing.assert_close(covariance / covariance[0, 0], torch.eye(6), atol=1e-3, rtol=0)
     torch.testing.assert_close(out.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+
+
+def _rates(model: nn.Module, x: torch.Tensor, draws: int = 200) -> list[float]:
+    """Root mean square of the gradient of random linear losses of single samples, over that of the weights."""
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    squares = [0.0] * len(weights)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(draws):
+        output = model(x[i % len(x)][None])
+        gradients = torch.autograd.grad(output, weights, torch.randn(output.shape, generator=generator))
+        squares = [total + g.square().sum().item() for total, g in zip(squares, gradients, strict=True)]
+    return [math.sqrt(s / w.square().sum().item()) for s, w in zip(squares, weights, strict=True)]
+
+
+def test_rescaled_layers_change_at_equal_rates() -> None:
+    x, _ = images(count=200)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    with torch.no_grad():
+        for layer, size in ((model[0], 5.0), (model[3], 0.2)):
+            layer.weight.mul_(size)
+    layers, before, output = [model[0], model[3], model[6]], _rates(model, x), model(x)
+    with torch.no_grad():
+        equal_rates(model, layers, x)
+    after = _rates(model, x)
+    assert max(before) > 5 * min(before)
+    assert max(after) < 1.3 * min(after)
+    torch.testing.assert_close(model(x), output, atol=1e-4, rtol=1e-3)
+
+
+def test_networks_that_rescaling_would_change_are_left_alone() -> None:
+    x, _ = vectors()
+    model = nn.Sequential(nn.Linear(12, 8), nn.Sigmoid(), nn.Linear(8, 3))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        equal_rates(model, [model[0], model[2]], x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_unknown_start_names_the_nearest() -> None:

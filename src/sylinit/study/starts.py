@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,21 +62,23 @@ def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     """Each layer's units are whitened principal components of its input, centred by the bias.
 
     Units beyond the dimension of the input, and the last layer, are Gaussian; all have unit output variance on the
-    calibration data. This is the within-layer part of Krähenbühl, Doersch, Donahue and Darrell, *Data-dependent
-    Initializations of Convolutional Neural Networks*, ICLR 2016; their between-layer rescaling is left out.
-    Attention projections keep PyTorch's default.
+    calibration data. Then the layers are rescaled against each other (`equal_rates`). Attention projections keep
+    PyTorch's default.
+
+    Source: Krähenbühl, Doersch, Donahue and Darrell, *Data-dependent Initializations of Convolutional Neural Networks*,
+    ICLR 2016, sections 3.1 (with their PCA) and 3.2.
     """
     pytorch(model, x, y, seed)
     # an attention module calls its output projection as a function: a hook on it would never fire
     inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and id(m) not in inside]
-    met: set[int] = set()
+    met: list[nn.Linear | nn.Conv2d] = []
 
     def write(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(layer) in met:
+        if any(layer is other for other in met):
             return
-        met.add(id(layer))
         assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        met.append(layer)
         groups = getattr(layer, "groups", 1)
         rows = _patches(layer, inputs[0])  # [n, groups, d]
         weights = layer.weight.view(groups, -1, rows.shape[-1])
@@ -93,10 +95,44 @@ def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     training = model.training
     try:
         model.eval()(x[:BATCH])
+        for hook in hooks:
+            hook.remove()
+        if not norms:
+            equal_rates(model, met, x[:BATCH])
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
+
+
+def equal_rates(model: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], x: Tensor) -> None:
+    """Scale each layer by a number, so that a gradient step changes all layers by the same share of their size.
+
+    The rate of layer l is ``c_l = rms(gradient) / rms(weight)``, of a linear loss with Gaussian coefficients drawn
+    for each sample. A factor ``s_l`` on a layer divides its rate by its square if the output stays what it is; so
+    ``s_l = sqrt(c_l / c)`` makes all rates c, and if c is their geometric mean, the product of the factors is 1, which
+    keeps the output of a chain of positively homogeneous layers (ReLU, pooling) as it is. A bias takes the factors of
+    all layers up to its own. The paper iterates a damped form of this. Where the output does not stay what it is
+    (shortcuts, sigmoids), nothing is changed; the authors' program does not serve such networks either.
+
+    Args:
+        model: in eval mode; changed in place.
+        layers: in the order in which the data meets them.
+        x: calibration samples.
+    """
+    with torch.enable_grad():
+        output = model(x)
+        gradients = torch.autograd.grad(output, [layer.weight for layer in layers], torch.randn_like(output))
+    logs = torch.stack([(g.norm() / layer.weight.norm()).log() for g, layer in zip(gradients, layers, strict=True)])
+    factors = ((logs - logs.mean()) / 2).exp()
+    kept = [{name: p.clone() for name, p in layer.named_parameters()} for layer in layers]
+    for layer, factor, above in zip(layers, factors, factors.cumprod(0), strict=True):
+        layer.weight.mul_(factor)
+        if layer.bias is not None:
+            layer.bias.mul_(above)
+    if not torch.allclose(model(x), output, rtol=1e-2, atol=1e-2 * output.detach().std().item()):
+        for layer, values in zip(layers, kept, strict=True):
+            layer.load_state_dict(values)
 
 
 def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int = CALIBRATION, **options: Any) -> None:
