@@ -9,8 +9,11 @@ from pathlib import Path
 from sylinit.study.experiment import Experiment
 from sylinit.study.store import Record
 
+SIZES = {"cifar10": (50_000, 10_000, 1.0), "fashion-mnist": (60_000, 10_000, 0.77), "digits": (1_400, 360, 0.07)}
+"""Training samples, test samples and pixels, as a share of 32x32."""
+
 FORWARD = {"mlp": 2e-6, "cnn": 7e-4, "resnet20": 1.1e-3, "resnet56": 3e-3, "resnet110": 6e-3, "vit-tiny": 4e-3}
-"""Seconds that one sample's forward pass takes on one thread of a common processor, to about a factor of two."""
+"""Seconds that the forward pass of one sample of 32x32 takes on one thread, to about a factor of two."""
 
 OVERHEAD = 0.5
 """Seconds that a run takes beside training and measuring."""
@@ -20,9 +23,10 @@ def counted(experiment: Experiment) -> float:
     """Seconds by count: three forward passes a sample and epoch, and the evaluation data before and after."""
     if experiment.task == "time":
         return 10.0
-    samples = 10 * experiment.shots if experiment.shots is not None else 50_000
-    measured = 2 * (2_000 if experiment.split == "validation" else 10_000)
-    return OVERHEAD + FORWARD.get(experiment.model, 1e-3) * (3 * samples * experiment.epochs + measured)
+    train, test, pixels = SIZES.get(Path(experiment.dataset).name, SIZES["cifar10"])
+    samples = train if experiment.shots is None else 10 * experiment.shots
+    measured = 2 * min(test, 2_000 if experiment.split == "validation" else test)
+    return OVERHEAD + FORWARD.get(experiment.model, 1e-3) * pixels * (3 * samples * experiment.epochs + measured)
 
 
 def forecast(missing: Iterable[Experiment], records: Iterable[Record]) -> float:

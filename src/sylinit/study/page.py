@@ -13,9 +13,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sylinit.errors import SylinitError
+from sylinit.study.experiment import Experiment
 from sylinit.study.figures import SCALES, TITLES, bars, before_and_after, learning_curves, lines
 from sylinit.study.presets import PRESETS, Preset
-from sylinit.study.runner import Study, read
+from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, read
 from sylinit.study.statistics import Interval, exponent
 from sylinit.study.store import Store
 from sylinit.study.summary import Row, rows, verdict
@@ -55,9 +56,15 @@ def panels(preset: Preset, study: Study) -> list[Panel]:
     for row in rows(study):
         method = row.method
         name = preset.axis(method)[0] if preset.axis else ""
-        groups.setdefault((method.dataset, method.model, method.optimiser if several else "", name), []).append(row)
+        data = "all training data" if method.shots is None else f"{method.shots} examples a class"
+        size = "" if name == "shots" or method.task == "time" else data
+        groups.setdefault((method.dataset, method.model, size, method.optimiser if several else "", name), []).append(
+            row
+        )
     measured = "" if study.plan.split == "test" else " (held-back training data)"
-    return [_panel(preset, group, ", ".join(filter(None, key[:3])) + measured, key[3]) for key, group in groups.items()]
+    return [
+        _panel(preset, group, ", ".join(filter(None, key[:-1])) + measured, key[-1]) for key, group in groups.items()
+    ]
 
 
 def _panel(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
@@ -118,29 +125,39 @@ def _number(value: Interval | None, metric: str) -> str:
     return f"{SCALES.get(metric, 1.0) * value.mean:.3g}"
 
 
+COMPARE = Preset("compare", "Which start is best for one network and few examples?", lambda quick: Plan(()))
+"""Results of `sylinit compare`, as a preset: its plan is what its records say."""
+
+
 def write_page(directory: Path) -> Path:
-    """Collect every preset's results in `directory` into ``index.html``.
+    """Collect every preset's results in `directory`, and those of `sylinit compare` in ``compare/``, in one page.
+
+    Returns:
+        The path of ``index.html``, which needs no other file.
 
     Raises:
-        SylinitError: if there are none.
+        SylinitError: if there are no results.
     """
+    sections = [(COMPARE, False, directory / "compare" / "results.jsonl")]
+    sections += [
+        (preset, quick, results_file(directory, preset, quick))
+        for preset in PRESETS.values()
+        for quick in (False, True)
+    ]
     parts, contents = [], []
-    for preset in PRESETS.values():
-        for quick in (False, True):
-            path = results_file(directory, preset, quick)
-            if not path.exists():
-                continue
-            store = Store(path)
-            plan = preset.plan(quick)
-            study = read(plan, store)
-            anchor = path.stem
-            scale = " (quick scale: a try-out, no evidence)" if quick else ""
-            contents.append(f'<li><a href="#{anchor}">{html.escape(preset.question)}</a>{scale}</li>')
-            parts.append(f'<h2 id="{anchor}">{html.escape(preset.question)}</h2>')
-            complete = len(study.records), len(plan.arms) * len(plan.seeds)
-            parts.append(f'<p class="small">sylinit study {preset.name}{" --quick" if quick else ""}: '
-                         f"{complete[0]} of {complete[1]} runs. {_made_with(store)}</p>")  # fmt: skip
+    for preset, quick, path in sections:
+        store = Store(path)
+        if not store.records:
+            continue
+        plans = recorded(store) if preset is COMPARE else [as_run(preset.plan(quick), store)]
+        studies = [read(plan, store) for plan in plans]
+        anchor = f"{preset.name}{'-quick' if quick else ''}"
+        scale = " (quick scale: a try-out, no evidence)" if quick else ""
+        contents.append(f'<li><a href="#{anchor}">{html.escape(preset.question)}</a>{scale}</li>')
+        parts.append(f'<h2 id="{anchor}">{html.escape(preset.question)}</h2>')
+        for study in studies:
             parts += [_panel_html(panel) for panel in panels(preset, study)]
+            parts.append(f"<p class=small>{html.escape(_provenance(preset, quick, study))}</p>")
     if not parts:
         raise SylinitError(f"{directory}: no results of any study here; run 'sylinit study PRESET --out {directory}'")
     target = directory / "index.html"
@@ -153,6 +170,23 @@ def write_page(directory: Path) -> Path:
         encoding="utf-8",
     )
     return target
+
+
+def recorded(store: Store) -> list[Plan]:
+    """The plans that the records of a store come from, one for each task."""
+    tasks: dict[Experiment, list[Experiment]] = {}
+    for record in store.records.values():
+        task = replace(record.experiment.method, start="", options=())
+        tasks.setdefault(task, []).append(record.experiment)
+    return [
+        Plan(
+            tuple(dict.fromkeys(e.method for e in made)),
+            grid=tuple(sorted({e.lr for e in made if e.seed >= TUNING_SEED})),
+            seeds=tuple(sorted({e.seed for e in made if e.seed < TUNING_SEED})),
+            tuning_seeds=len({e.seed for e in made if e.seed >= TUNING_SEED}),
+        )
+        for made in tasks.values()
+    ]
 
 
 def results_file(directory: Path, preset: Preset, quick: bool) -> Path:
@@ -177,10 +211,26 @@ def _row_html(cells: Iterable[str], tag: str, *, ours: bool = False) -> str:
     return f"<tr{' class=ours' if ours else ''}>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
 
-def _made_with(store: Store) -> str:
+def _provenance(preset: Preset, quick: bool, study: Study) -> str:
+    """With what, how often and how the results were made."""
+    plan, records = study.plan, study.records
+    final = len(plan) - len(plan.tuning())
+    epochs = sorted({record.experiment.epochs for record in records if record.experiment.epochs})
+    seeds = sorted({record.experiment.seed for record in records})
+    command = f"sylinit {'' if preset is COMPARE else 'study '}{preset.name}{' --quick' if quick else ''}"
+    text = [f"{command}: {len(records)} of {final} runs, seeds {_listed(seeds)}"]
+    if epochs:
+        text.append(f"{_listed(epochs)} epochs, one cycle")
+    if plan.grid:
+        held = "10 % of the training data" if plan.arms[0].shots is None else f"{VALIDATION:,} held-back samples"
+        text.append(f"learning rates {_listed(plan.grid)} tried on {held}, seeds from {TUNING_SEED}")
     made = {
-        f"sylinit {e.get('sylinit')} ({e.get('commit')}), torch {e.get('torch')}, {e.get('device')}, "
-        f"{e.get('cores')} cores"
-        for e in (record.environment for record in store.records.values())
+        f"sylinit {e.get('sylinit')} ({e.get('commit')}), torch {e.get('torch')}, Python {e.get('python')}, "
+        f"{e.get('device')}, {e.get('cores')} cores"
+        for e in (record.environment for record in records)
     }
-    return html.escape("Made with " + "; ".join(sorted(made)) + ".")
+    return "; ".join(text) + ". Made with " + "; ".join(sorted(made)) + "."
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +147,22 @@ def read(plan: Plan, store: Store) -> Study:
     records = [store[e] for e in plan.final(chosen) if e in store]
     edges = {plan.grid[0], plan.grid[-1]} if len(plan.grid) > 1 else set()
     return Study(plan, tuple(records), chosen, tuple(m for m, lr in chosen.items() if lr in edges))
+
+
+def as_run(plan: Plan, store: Store) -> Plan:
+    """The plan with the number of epochs that the store holds for each arm; of several the plan's, or else the most."""
+    known: dict[Experiment, set[int]] = {}
+    for record in store.records.values():
+        known.setdefault(_unscheduled(record.experiment), set()).add(record.experiment.epochs)
+    arms = []
+    for arm in plan.arms:
+        epochs = known.get(_unscheduled(arm), set())
+        arms.append(arm if arm.epochs in epochs or not epochs else replace(arm, epochs=max(epochs)))
+    return replace(plan, arms=tuple(arms))
+
+
+def _unscheduled(experiment: Experiment) -> Experiment:
+    return replace(experiment.method, epochs=0, dataset=Path(experiment.dataset).name)
 
 
 def choose(plan: Plan, records: Iterable[Record]) -> dict[Experiment, float]:

@@ -31,6 +31,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.records: dict[str, Record] = {}
+        self._torn: int | None = None
         if self.path.exists():
             self._read()
 
@@ -45,6 +46,10 @@ class Store:
         """Append a record and see it on the disk before returning."""
         record = Record(experiment, result, environment())
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._torn is not None:
+            # the last writer was killed within a line: this one must not be glued to what it left
+            os.truncate(self.path, self._torn)
+            self._torn = None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**asdict(record), "experiment": experiment.to_dict()}) + "\n")
             file.flush()
@@ -55,10 +60,8 @@ class Store:
     def _read(self) -> None:
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) != len(text):
-            # the last writer was killed within a line: the next line must not be glued to what it left
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+        if len(whole) != len(text):  # mended by who writes next: a reader may look while a study is running
+            self._torn = len(whole)
         for line in whole.splitlines():
             values = json.loads(line)
             experiment = Experiment.from_dict(values["experiment"])
