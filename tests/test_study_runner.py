@@ -21,6 +21,7 @@ from sylinit.study.data import load
 from sylinit.study.experiment import Experiment
 from sylinit.study.forecast import counted, forecast
 from sylinit.study.page import panels, write_page
+from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
 from sylinit.study.store import Record, Store
@@ -112,11 +113,11 @@ def test_a_torn_last_line_costs_one_run(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(runner.TASKS, "train", lambda e: {"after": 0.5})
     path = tmp_path / "r.jsonl"
     experiments = [replace(TINY, seed=seed) for seed in range(4)]
-    execute(experiments, Store(path), workers=1)
+    execute(experiments, Store(path))
     path.write_bytes(path.read_bytes()[:-25])
     store = Store(path)
     assert [e in store for e in experiments] == [True, True, True, False]
-    execute(experiments, store, workers=1)
+    execute(experiments, store)
     assert all(e in Store(path) for e in experiments)
     assert len(path.read_text().splitlines()) == 4
 
@@ -128,7 +129,7 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
         "from test_study_runner import TINY; from sylinit.study.store import Store\n"
         "def slow(e):\n    time.sleep(0.05)\n    return {'after': 0.5}\n"
         "runner.TASKS['train'] = slow\n"
-        f"runner.execute([replace(TINY, seed=s) for s in range(1000)], Store({str(path)!r}), workers=1)"
+        f"runner.execute([replace(TINY, seed=s) for s in range(1000)], Store({str(path)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent)
     limit = time.monotonic() + 120
@@ -166,8 +167,8 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> N
         "    while True: time.sleep(0.05)\n"
     )
     program = (
-        "from slow_for_test import work\nfrom sylinit.study.pool import run_each\n"
-        "if __name__ == '__main__': list(run_each(work, ['1', '2', '3', '4'], 2))"
+        "from slow_for_test import work\nfrom sylinit.study.pool import pool\n"
+        "with pool(2) as each: list(each(work, ['1', '2', '3', '4']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
@@ -225,7 +226,8 @@ def test_forecasts_follow_the_runs_that_were_made() -> None:
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     experiments = [replace(TINY, seed=seed) for seed in range(2)]
     store = Store(tmp_path / "r.jsonl")
-    execute(experiments, store, workers=2)
+    with pool(2) as each:
+        execute(experiments, store, each)
     for experiment in experiments:
         assert store[experiment].result["after"] == pytest.approx(run(experiment)["after"], abs=0.02)
 

@@ -34,7 +34,7 @@ def run_finetune(experiment: Experiment) -> dict[str, Any]:
     source = load(str(experiment.get("source") or experiment.dataset))
     data = resized(only(load(experiment.dataset), experiment.get("classes")), source.shape)
     part = subset(data, experiment)
-    model = pretrained(experiment)
+    model, source_accuracy = pretrained(experiment)
     torch.manual_seed(experiment.seed)
     began = time.perf_counter()
     replace_head(model, data.classes)
@@ -42,11 +42,18 @@ def run_finetune(experiment: Experiment) -> dict[str, Any]:
     if experiment.start not in HEADS:
         raise SylinitError(f"start {experiment.start!r}: fine-tuning knows {', '.join(HEADS)}")
     HEADS[experiment.start](model, part.x, part.y, experiment.seed)
-    return fit(model, part, experiment, data, init_seconds=time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return {**fit(model, part, experiment, data, init_seconds=seconds), "source_accuracy": source_accuracy}
 
 
-def pretrained(experiment: Experiment) -> nn.Module:
-    """The network trained on the source classes; trained once, then read from the cache directory."""
+def pretrained(experiment: Experiment) -> tuple[nn.Module, float]:
+    """The network trained on the source classes, and its accuracy on their test part.
+
+    Trained once, from He's start with AdamW, then read from the cache directory.
+
+    Raises:
+        SylinitError: if it learned next to nothing.
+    """
     from safetensors.torch import load_file, save_file
 
     name = str(experiment.get("source") or experiment.dataset)
@@ -56,23 +63,31 @@ def pretrained(experiment: Experiment) -> nn.Module:
     torch.manual_seed(0)
     model = build(experiment.model, source.shape, source.classes)
     size = (len(source.train_x), tuple(source.shape), float(source.train_x[:100].sum()))
-    identity = f"{name} {experiment.get('pretrain_classes')} {experiment.model} {epochs} {samples} {size}"
+    identity = f"adamw {name} {experiment.get('pretrain_classes')} {experiment.model} {epochs} {samples} {size}"
     path = cache_directory() / f"pretrained-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
-        model.load_state_dict(load_file(path))
-        return model
+        stored = load_file(path)
+        reached = stored.pop("source_accuracy").item()
+        model.load_state_dict(stored)
+        return model, reached
     index = torch.randperm(len(source.train_y), generator=torch.Generator().manual_seed(0))[:samples]
     x, y = source.train_x[index].to(device()), source.train_y[index].to(device())
     apply_start("he-normal", model.to(device()), x, y, 0)
-    recipe = Recipe(lr=0.05, epochs=epochs, batch_size=128, flip=source.shape[0] == 3, points=1)
-    outcome = train(model, x, y, x[:100], y[:100], recipe, classes=source.classes, seed=0)
-    if outcome.diverged:
-        raise SylinitError(f"model {experiment.model!r}: pretraining on {name} diverged")
+    # AdamW, because SGD at the rate that suits one data set kills a plain network on another
+    recipe = Recipe(1e-3, "adamw", epochs, batch_size=64, flip=source.shape[0] == 3, points=1)
+    test_x, test_y = source.test_x.to(device()), source.test_y.to(device())
+    reached = train(model, x, y, test_x, test_y, recipe, classes=source.classes, seed=0).after
+    if reached < 2 / source.classes:
+        raise SylinitError(
+            f"model {experiment.model!r}: pretraining on {name} reached {reached:.0%} of {source.classes} classes, "
+            "which is hardly more than chance; give it more epochs or samples"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, partial)
+    state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file({**state, "source_accuracy": torch.tensor(reached, dtype=torch.float64)}, partial)
     partial.replace(path)
-    return model.cpu()
+    return model.cpu(), reached
 
 
 def only(data: Dataset, classes: str | None) -> Dataset:

@@ -82,7 +82,7 @@ def finetune(quick: bool) -> Plan:
     """From classes 0-4 to 5-9 of CIFAR-10, and from Fashion-MNIST to digits."""
     near = (("source", "cifar10"), ("pretrain_classes", "0-4"), ("classes", "5-9"), ("pretrain_epochs", 10))
     far = (("source", "fashion-mnist"), ("pretrain_epochs", 3))
-    small = (("source", "digits"), ("pretrain_classes", "0-4"), ("classes", "5-9"), ("pretrain_epochs", 5))
+    small = (("source", "digits"), ("pretrain_classes", "0-4"), ("classes", "5-9"), ("pretrain_epochs", 20))
     cells = [("digits", small)] if quick else [("cifar10", near), ("digits", far)]
     arms = [
         Experiment(

@@ -18,7 +18,7 @@ from sylinit.study.data import Dataset, few_shot, held_back, load, split
 from sylinit.study.experiment import Experiment
 from sylinit.study.forecast import forecast
 from sylinit.study.models import build
-from sylinit.study.pool import cores, run_each
+from sylinit.study.pool import Each, cores, one_by_one, pool
 from sylinit.study.starts import apply_start
 from sylinit.study.store import Record, Store
 from sylinit.study.train import Recipe, train
@@ -34,6 +34,9 @@ TUNING_SEED = 1000
 
 Progress = Callable[[int, int, str, float], None]
 """``(runs done, runs in all, what is going on, seconds left)``."""
+
+Report = Callable[[str], None]
+"""Takes what is going on."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ def run_study(plan: Plan, store: Store, progress: Progress | None = None) -> Stu
             missing, seconds = remaining(plan, store)
             progress(len(plan) - missing, len(plan), what, seconds / workers)
 
-    failed = execute(plan.tuning(), store, workers=workers, report=report)
-    failed |= execute(plan.final(_chosen(plan, store)), store, workers=workers, report=report)
+    with pool(workers) as each:
+        failed = execute(plan.tuning(), store, each, report)
+        failed |= execute(plan.final(_chosen(plan, store)), store, each, report)
     if failed:
         experiment, error = next(iter(failed.items()))
         raise SylinitError(
@@ -184,27 +188,26 @@ def _chosen(plan: Plan, store: Store) -> dict[Experiment, float]:
 
 
 def execute(
-    experiments: Sequence[Experiment], store: Store, *, workers: int = 1, report: Callable[[str], None] | None = None
+    experiments: Sequence[Experiment], store: Store, each: Each = one_by_one, report: Report = lambda what: None
 ) -> dict[Experiment, Exception]:
     """Run what the store lacks and store each result the moment it is there.
 
     Args:
         experiments: what to run.
         store: where results go; Ctrl-C, crashes and kills lose the runs under way, not those that ended.
-        workers: processes.
+        each: runs them, from `pool`.
         report: called with what is going on, at the beginning and after each run.
 
     Returns:
         The runs that failed, and why.
     """
-    report = report or (lambda what: None)
     missing = [e for e in dict.fromkeys(experiments) if e not in store]
     failed: dict[Experiment, Exception] = {}
     if not missing:
         return failed
     prepare(missing, report)
     report("")
-    for experiment, result in run_each(run, missing, min(workers, len(missing))):
+    for experiment, result in each(run, missing):
         if isinstance(result, Exception):
             failed[experiment] = result
         else:
@@ -213,7 +216,7 @@ def execute(
     return failed
 
 
-def prepare(experiments: Iterable[Experiment], report: Callable[[str], None]) -> None:
+def prepare(experiments: Iterable[Experiment], report: Report) -> None:
     """Do once, here, what the workers would otherwise all do at the same moment: decode data, pretrain."""
     from sylinit.study.finetune import pretrained
 
