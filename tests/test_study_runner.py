@@ -282,11 +282,13 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
         study = run_study(plan, store)
         found = panels(preset, study)  # every table; the page below draws the figures into files
         assert found
-        assert all(panel.figures and panel.cells for panel in found)
-        assert all(len(cells) == len(panel.header) for panel in found for cells in panel.cells)
+        tables = [table for panel in found for table in panel.tables]
+        assert all(panel.figures and panel.tables for panel in found)
+        assert all(len(cells) == len(table.header) for table in tables for cells in table.cells)
         assert read(plan, store).records == study.records
         if preset.name == "time":
-            assert any("depth^2.00" in remark for panel in found for remark in panel.remarks)
+            powers = {table.caption: table.cells[0] for table in tables if table.header[0] == "power"}
+            assert powers["seconds grow as a power of depth"][:3] == ("sylinit", "2.00", "2.00")
     text = write_page(tmp_path).read_text()
     assert text.count("<h2") == len(PRESETS)
     assert "data:image/svg+xml;base64," in text

@@ -262,12 +262,13 @@ def study(
         _announce(plan, path)
         return
     for number, panel in enumerate(panels(chosen, _run(plan, path))):
-        table = Table(title=panel.title, title_justify="left")
-        for place, name in enumerate(panel.header):
-            table.add_column(name, justify="right" if place else "left", no_wrap=not place)
-        for cells in panel.cells:
-            table.add_row(*cells)
-        console.print(table)
+        for grid in panel.tables:
+            table = Table(title=f"{panel.title}: {grid.caption}", title_justify="left")
+            for place, name in enumerate(grid.header):
+                table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+            for cells in grid.cells:
+                table.add_row(*cells, style="bold" if cells[0] == "sylinit" else None)
+            console.print(table)
         for remark in panel.remarks:
             console.print(remark, highlight=False, markup=False)
         for name, figure in panel.figures:

@@ -21,7 +21,7 @@ TITLES = {
     "before": "accuracy before training (%)",
     "after": "accuracy after training (%)",
     "area": "mean accuracy over training (%)",
-    "init_seconds": "seconds to initialise",
+    "init_seconds": "seconds of one core to initialise",
     "forward_passes": "cost in forward passes",
     "extra_bytes": "extra memory (MB)",
 }
@@ -137,23 +137,6 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str]], looks: Mapping[
             fontsize=9,
             annotation_clip=False,
         )
-
-
-def bars(rows: Sequence[Row], metric: str, title: str) -> Figure:
-    """One point a method with its 95 % interval."""
-    ordered = ranked(rows, metric)[::-1]
-    figure = Figure(figsize=(7.5, 1.6 + 0.36 * len(ordered)), layout="constrained")
-    axes = figure.subplots()
-    looks, scale = style([row.label for row in rows]), SCALES.get(metric, 1.0)
-    for place, row in enumerate(ordered):
-        value = row.interval(metric)
-        axes.errorbar(
-            scale * value.mean, place, xerr=_half(value, scale), fmt="o", color=looks[row.label]["color"], capsize=3
-        )
-    axes.set_yticks(range(len(ordered)), [row.label for row in ordered])
-    axes.set(title=title, xlabel=f"{TITLES.get(metric, metric)}, 95 % intervals")
-    _plain(axes, "x")
-    return figure
 
 
 def save(figure: Figure, path: Path) -> list[Path]:

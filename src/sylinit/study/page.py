@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,28 @@ from matplotlib.figure import Figure
 
 from sylinit.errors import SylinitError
 from sylinit.study.experiment import Experiment
-from sylinit.study.figures import SCALES, TITLES, bars, before_and_after, learning_curves, lines
+from sylinit.study.figures import SCALES, TITLES, before_and_after, learning_curves, lines
 from sylinit.study.presets import PRESETS, Preset
 from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, read
 from sylinit.study.statistics import Interval, exponent
 from sylinit.study.store import Store
-from sylinit.study.summary import Row, rows, verdict
+from sylinit.study.summary import Row, ranked, rows, verdict
 
 DERIVED = {
-    "depth": "1: every layer costs alike",
-    "width": "2 to 3: moments and passes n d^2, solves d^3",
-    "samples": "0 to 1: passes and moments grow with n, solves do not",
+    ("sylinit", "depth"): "1: one pass, every layer costs alike",
+    ("sylinit", "width"): "2 to 3: passes and moments n d^2, solves d^3",
+    ("sylinit", "samples"): "0 to 1: passes and moments grow with n, solves do not",
+    ("lsuv", "depth"): "2: passes over the whole network for each layer",
+    ("lsuv", "width"): "2 to 3: passes n d^2, orthogonal matrices d^3",
+    ("lsuv", "samples"): "0: one batch of at most 500",
 }
-"""Exponents of the cost that the method's operation counts give."""
+"""Exponents of the cost that the operation counts give, by start and size."""
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem }
 th, td { padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid #ddd }
+caption { text-align: left; font-weight: 600; padding: 0.3rem 0 }
 th:first-child, td:first-child { text-align: left; white-space: nowrap }
 tr.ours { font-weight: 600 } img { max-width: 100%; height: auto } .wide { overflow-x: auto }
 h2 { margin-top: 3rem; border-top: 2px solid #222; padding-top: 1rem } .small { color: #666; font-size: 0.85rem }
@@ -39,13 +44,21 @@ h2 { margin-top: 3rem; border-top: 2px solid #222; padding-top: 1rem } .small { 
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One data set and network of a preset: a table, figures and remarks."""
+class Grid:
+    """A table: what its numbers are, its columns and its rows, the name of the row first."""
 
-    title: str
+    caption: str
     header: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One data set and network of a preset: figures, tables and remarks."""
+
+    title: str
     figures: tuple[tuple[str, Figure], ...]
+    tables: tuple[Grid, ...]
     remarks: tuple[str, ...] = ()
 
 
@@ -78,12 +91,12 @@ def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
     shown = [metric for metric in ("before", "after", "area") if group[0].values(metric)]
     cells = [
         (row.label, f"{row.lr:g}", str(len(row.records)), *(row.interval(metric).percent() for metric in shown))
-        for row in sorted(group, key=lambda row: -row.interval("after").mean)
+        for row in ranked(group)
     ]
-    figures = [("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title))]
-    figures += [(metric, bars(group, metric, title)) for metric in preset.metrics if metric not in shown]
-    header = ("start", "learning rate", "seeds", *(TITLES[metric] for metric in shown))
-    return Panel(title, header, tuple(cells), tuple(figures), (verdict(group),))
+    names = {"before": "before training", "after": "after training", "area": "mean over training"}
+    table = Grid("accuracy (%)", ("start", "learning rate", "seeds", *(names[m] for m in shown)), tuple(cells))
+    figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
+    return Panel(title, figures, (table,), (verdict(group),))
 
 
 def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
@@ -95,26 +108,38 @@ def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
         options = tuple(pair for pair in row.method.options if pair[0] != axis)
         series.setdefault(replace(row.method, options=options).label, {})[value] = row
     places = sorted({value for points in series.values() for value in points})
-    figures, cells, remarks = [], [], []
+    xlabel = {"shots": "labelled examples a class", "lr": "peak learning rate"}.get(axis, axis)
+    figures, tables = [], []
     for metric in preset.metrics:
         drawn: dict[str, list[tuple[float, Interval]]] = {
             label: [(value, points[value].interval(metric)) for value in sorted(points) if points[value].values(metric)]
             for label, points in series.items()
         }
         drawn = {label: points for label, points in drawn.items() if points}
-        if drawn:
-            xlabel = {"shots": "labelled examples a class", "lr": "peak learning rate"}.get(axis, axis)
-            figures.append((metric, lines(drawn, title, xlabel, metric, log=True)))
-        for label, points in drawn.items():
-            at = dict(points)
-            cells.append((f"{label}: {TITLES[metric]}", *(_number(at.get(place), metric) for place in places)))
-            if axis in DERIVED and metric == "init_seconds" and len(points) > 1:
-                fit = exponent([x for x, _ in points], [value.mean for _, value in points])
-                remarks.append(
-                    f"{label}: time grows as {axis}^{fit.power:.2f} (± {fit.half:.2f}); by count, {DERIVED[axis]}."
-                )
-    header = (axis, *(f"{place:g}" for place in places))
-    return Panel(title, header, tuple(cells), tuple(figures), tuple(remarks))
+        if not drawn:
+            continue
+        figures.append((metric, lines(drawn, title, xlabel, metric, log=True)))
+        cells = [
+            (label, *(_number(dict(points).get(place), metric) for place in places)) for label, points in drawn.items()
+        ]
+        tables.append(Grid(TITLES[metric], (xlabel, *(f"{place:g}" for place in places)), tuple(cells)))
+        if metric == "init_seconds":
+            tables.append(_exponents(drawn, axis))
+    return Panel(title, tuple(figures), tuple(tables))
+
+
+def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], axis: str) -> Grid:
+    """The power with which time grows: over all sizes, over the larger, where overheads count less, and by count."""
+    cells = []
+    for label, points in series.items():
+        fits = []
+        for part in (points, points[-3:]):
+            fit = exponent([x for x, _ in part], [value.mean for _, value in part]) if len(part) > 1 else None
+            fits.append(
+                "" if fit is None else f"{fit.power:.2f}" + ("" if math.isnan(fit.half) else f" ± {fit.half:.2f}")
+            )
+        cells.append((label, *fits, DERIVED.get((label.split()[0], axis), "")))
+    return Grid(f"seconds grow as a power of {axis}", ("power", "all sizes", "largest three", "by count"), tuple(cells))
 
 
 def _number(value: Interval | None, metric: str) -> str:
@@ -202,9 +227,13 @@ def _panel_html(panel: Panel) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         code = base64.b64encode(buffer.getvalue()).decode()
         out.append(f'<img alt="{html.escape(panel.title)}: {name}" src="data:image/svg+xml;base64,{code}">')
-    out.append("<div class=wide><table>" + _row_html(panel.header, "th"))
-    out += [_row_html(cells, "td", ours=cells[0].startswith("sylinit")) for cells in panel.cells]
-    return "\n".join(out) + "</table></div>"
+    for table in panel.tables:
+        out.append(
+            f"<div class=wide><table><caption>{html.escape(table.caption)}</caption>" + _row_html(table.header, "th")
+        )
+        out += [_row_html(cells, "td", ours=cells[0] == "sylinit") for cells in table.cells]
+        out.append("</table></div>")
+    return "\n".join(out)
 
 
 def _row_html(cells: Iterable[str], tag: str, *, ours: bool = False) -> str:

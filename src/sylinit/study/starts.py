@@ -24,6 +24,9 @@ CALIBRATION = 2000
 
 BATCH = 500
 
+DRAWS = 16
+"""Random losses that rates of change are averaged over."""
+
 
 def pytorch(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     """Every module's own ``reset_parameters``: PyTorch's default."""
@@ -98,7 +101,7 @@ def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
         for hook in hooks:
             hook.remove()
         if not norms:
-            equal_rates(model, met, x[:BATCH])
+            equal_rates(model, met, x[:100])
     finally:
         model.train(training)
         for hook in hooks:
@@ -120,10 +123,14 @@ def equal_rates(model: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], x: Te
         layers: in the order in which the data meets them.
         x: calibration samples.
     """
+    weights = [layer.weight for layer in layers]
+    squares = torch.zeros(len(layers))
     with torch.enable_grad():
         output = model(x)
-        gradients = torch.autograd.grad(output, [layer.weight for layer in layers], torch.randn_like(output))
-    logs = torch.stack([(g.norm() / layer.weight.norm()).log() for g, layer in zip(gradients, layers, strict=True)])
+        for _ in range(DRAWS):
+            gradients = torch.autograd.grad(output, weights, torch.randn_like(output), retain_graph=True)
+            squares += torch.stack([g.square().sum() for g in gradients]).cpu()
+    logs = squares.log() / 2 - torch.stack([w.norm() for w in weights]).cpu().log()
     factors = ((logs - logs.mean()) / 2).exp()
     kept = [{name: p.clone() for name, p in layer.named_parameters()} for layer in layers]
     for layer, factor, above in zip(layers, factors, factors.cumprod(0), strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import threading
 import time
@@ -15,13 +18,14 @@ from sylinit.study.experiment import Experiment
 from sylinit.study.models import mlp
 from sylinit.study.starts import apply_start
 
-REPEATS = 3
+REPEATS = 5
 
 
 def run_timing(experiment: Experiment) -> dict[str, Any]:
     """Time a start, on one thread, on a fully connected network and random data.
 
-    The setting names ``depth``, ``width`` and ``samples``.
+    The setting names ``depth``, ``width`` and ``samples``. Seconds are those that the processor spent on it, which
+    other programs on the machine do not lengthen; memory is measured apart, since watching it costs time.
 
     Returns:
         Median seconds of the start and of a plain forward pass, their ratio, and the start's extra memory in bytes
@@ -41,34 +45,30 @@ def run_timing(experiment: Experiment) -> dict[str, Any]:
             for part in x.split(500):
                 model(part)
 
+    def start() -> None:
+        apply_start(experiment.start, model, x, y, experiment.seed, options)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine blur a time tenfold
     try:
-        forward()
-        init, extra = [], []
-        for _ in range(REPEATS):
-            seconds, peak = peak_memory(lambda: apply_start(experiment.start, model, x, y, experiment.seed, options))
-            init.append(seconds)
-            extra.append(peak)
-        plain = [_seconds(forward) for _ in range(REPEATS)]
+        extra = peak_memory(start)  # this first call also loads what is loaded once
+        init = statistics.median(_seconds(start) for _ in range(REPEATS))
+        plain = statistics.median(_seconds(forward) for _ in range(REPEATS))
     finally:
         torch.set_num_threads(threads)
-    known = [e for e in extra if e is not None]
-    seconds = statistics.median(init)
     return {
-        "init_seconds": seconds,
-        "forward_seconds": statistics.median(plain),
-        "forward_passes": seconds / statistics.median(plain),
-        "extra_bytes": max(known) if known else None,
+        "init_seconds": init,
+        "forward_seconds": plain,
+        "forward_passes": init / plain,
+        "extra_bytes": extra,
     }
 
 
-def peak_memory(action: Callable[[], float]) -> tuple[float, int | None]:
-    """Run `action` and return what it returned and by how many bytes the resident memory rose at its peak."""
+def peak_memory(action: Callable[[], None]) -> int | None:
+    """Run `action` and return by how many bytes the resident memory rose at its peak; None where it is not told."""
+    _return_freed_memory()
     start = _resident()
-    if start is None:
-        return action(), None
-    peak, ended = start, threading.Event()
+    peak, ended = start or 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -78,11 +78,18 @@ def peak_memory(action: Callable[[], float]) -> tuple[float, int | None]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        value = action()
+        action()
     finally:
         ended.set()
         watcher.join()
-    return value, peak - start
+    return None if start is None else max(0, peak - start)
+
+
+def _return_freed_memory() -> None:
+    """Have the allocator give freed memory back, where it can be asked: what it kept would hide what is used anew."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int | None:
@@ -94,6 +101,6 @@ def _resident() -> int | None:
 
 
 def _seconds(action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     action()
-    return time.perf_counter() - began
+    return time.process_time() - began
