@@ -92,7 +92,7 @@ def test_both_routes_find_the_same_objective_and_the_same_leading_subspace():
     assert float(found.decoding_error) == pytest.approx(float(exact.decoding_error), abs=0.01)
     spans = [torch.linalg.qr(answer.weight[0].T)[0] for answer in (exact, found)]
     captured = [float((span.T @ cov.xx[0] @ span).trace()) for span in spans]
-    assert captured[1] == pytest.approx(captured[0], rel=0.01)
+    assert captured[1] > 0.99 * captured[0]
     leading = torch.linalg.eigh(cov.xx[0])[1][:, -10:]
     for span in spans:
         assert float(torch.linalg.svdvals(span.T @ leading).min()) > 0.99
