@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import sylinit
+from sylinit.projected import TOLERANCE
 from sylinit.study.models import build
 from sylinit.study.store import environment
 
@@ -92,7 +93,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     torch.backends.mha.set_fastpath_enabled(False)  # both sides by the same kernels
     report = sylinit.initialize_(model, batches)
     worst = max(layer.residual or 0.0 for layer in report.initialised)
-    if worst > 1e-6:
+    if worst > TOLERANCE:
         raise SystemExit(f"{name}: a residual of {worst:.1e} is too large; not timed")
     forward()
     plain, ours = [], []

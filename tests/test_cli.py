@@ -54,6 +54,12 @@ def test_init_writes_weights_that_already_work(tmp_path: Path, capsys: pytest.Ca
     assert len(json.loads(report.read_text())["layers"]) == 3
 
 
+def test_init_refuses_an_unknown_solver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "init", "mlp", "--data", "digits", "--out", tmp_path / "w", "--solver", "quick")
+    assert code == 1
+    assert "solver must be 'auto' or 'exact', got 'quick'" in err
+
+
 def test_compare_names_the_best_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "compare", "mlp", "--data", "digits", "--shots", "3", "--seeds", "2", "--epochs", "2",

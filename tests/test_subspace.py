@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sylinit.projected import solve_projected
-from sylinit.subspace import Subspace, choose_route, principal_subspace, row_space, subspace_rank
+from sylinit.routes import projected_pays, subspace_rank
+from sylinit.subspace import Subspace, principal_subspace, row_space
 from sylinit.sylvester import solve_sylvester
 
 
@@ -157,12 +158,12 @@ def test_projected_solution_of_nothing_is_nothing():
     assert found.steps == 0
 
 
-def test_routes():
-    assert choose_route(100, 25088, 4096) == "row-space"
-    assert choose_route(40000, 4608, 384) == "projected"
-    assert choose_route(20000, 2304, 384) == "projected"
-    assert choose_route(5000, 144, 12) == "exact", "small"
-    assert choose_route(5000, 1024, 1024) == "exact", "as many components as dimensions"
+def test_the_projected_route_pays_for_few_components_of_many_dimensions():
+    assert projected_pays(4608, 384)
+    assert projected_pays(2304, 384)
+    assert projected_pays(600, 48)
+    assert not projected_pays(144, 12), "small"
+    assert not projected_pays(1024, 1024), "as many components as dimensions"
 
 
 VGG = """

@@ -114,6 +114,9 @@ def init(
     samples: Annotated[int, typer.Option(min=2, help="Training samples to compute the weights from.")] = 2000,
     code: Annotated[str, typer.Option(help="The latent code; see sylinit.CODES.")] = "mixed",
     encoding_weight: Annotated[float, typer.Option(help="Lambda: encoding against decoding.")] = 4.0,
+    solver: Annotated[
+        str, typer.Option(help="auto, or exact: never approximate the equation of a wide layer.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples and of everything random.")] = 0,
 ) -> None:
     """Compute the weights of MODEL from DATA and write them to a file."""
@@ -139,6 +142,7 @@ def init(
             batches,
             code=code,
             encoding_weight=encoding_weight,
+            solver=solver,
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
         )

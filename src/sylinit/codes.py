@@ -63,6 +63,8 @@ class Code:
         needs: ``"moments"`` or ``"rows"``.
         labels: whether it is meaningless without targets.
         fallback: the name of the code that takes its place without targets, if any.
+        leading: how many principal components of the rows it reads, as a share of the units, if those are the leading
+            ones; None where it may read any. It decides whether a large layer can do without the others.
         values: a code given as numbers, ``[samples, m]``: it takes the place of the targets.
     """
 
@@ -71,7 +73,23 @@ class Code:
     needs: Literal["moments", "rows"] = "rows"
     labels: bool = False
     fallback: str | None = None
+    leading: float | None = None
     values: Tensor | None = None
+
+    def without_labels(self, layer: str, reason: str, remedy: str) -> Code:
+        """What takes its place in a layer where its labels tell nothing.
+
+        Args:
+            layer: the layer's name, for the message.
+            reason: why they tell nothing.
+            remedy: what the user can do.
+
+        Raises:
+            SylinitError: it has no fallback.
+        """
+        if self.fallback is None:
+            raise SylinitError(f"layer {layer!r}: the code {self.name!r} needs labels, and {reason}; {remedy}")
+        return CODES[self.fallback]
 
 
 CODES: dict[str, Code] = {}
@@ -84,6 +102,7 @@ def register_code(
     needs: Literal["moments", "rows"] = "rows",
     labels: bool = False,
     fallback: str | None = None,
+    leading: float | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function a latent code under ``name``; use as a decorator.
 
@@ -94,6 +113,8 @@ def register_code(
             ``"moments"`` for ``f(axes, units, generator) -> LinearCode``.
         labels: whether it needs targets.
         fallback: the registered code to use instead where there are no targets.
+        leading: for ``needs="moments"``, the share of the units that are leading principal components (or mixtures of
+            them), where the code reads no others.
 
     Raises:
         SylinitError: the name is taken.
@@ -104,7 +125,7 @@ def register_code(
             raise SylinitError(
                 f"register_code: the name {name!r} is taken; choose another, or delete CODES[{name!r}] first"
             )
-        CODES[name] = Code(name, function, needs, labels, fallback)
+        CODES[name] = Code(name, function, needs, labels, fallback, leading)
         return function
 
     return register
@@ -191,7 +212,7 @@ def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, whi
     return torch.where((rank < alive).unsqueeze(2), component, mixture)
 
 
-@register_code("pca", needs="moments")
+@register_code("pca", needs="moments", leading=1.0)
 def pca(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     """The leading principal components; beyond the rank of the data, random mixtures of whitened ones."""
     groups = axes.variances.shape[0]
@@ -229,7 +250,7 @@ def told_apart(axes: Axes, is_label: Tensor, generator: torch.Generator) -> Tens
     return mixtures(axes, is_label.shape[1], generator).masked_fill(~repeats.unsqueeze(2), 0)
 
 
-@register_code("label", needs="moments", labels=True)
+@register_code("label", needs="moments", labels=True, leading=1.0)
 def label(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     """Every unit a different random direction of the whitened targets (for classes: of the one-hot code)."""
     groups = axes.variances.shape[0]
@@ -260,7 +281,8 @@ def mixed(label_share: float = 0.25) -> Code:
         on_t[is_label] = directions
         return LinearCode(on_x, on_t)
 
-    return Code("mixed" if label_share == 0.25 else f"mixed({label_share:g})", function, "moments", True, "pca")
+    name = "mixed" if label_share == 0.25 else f"mixed({label_share:g})"
+    return Code(name, function, "moments", labels=True, fallback="pca", leading=1 - label_share)
 
 
 CODES["mixed"] = mixed()

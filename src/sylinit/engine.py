@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from sylinit.calibrate import norm_sums, write_statistics
-from sylinit.codes import CODES, Code
+from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
 from sylinit.errors import SylinitError, UnsupportedLayerError
 from sylinit.gather import Gathered, gather, not_finite, require_finite
 from sylinit.lanes import Lanes
-from sylinit.layer import Problem, Solution, solve_layer, solve_layer_from_rows
+from sylinit.layer import Solution, solve_layer, solve_layer_from_rows
 from sylinit.plan import Door, Plan, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
+from sylinit.routes import Problem
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
 from sylinit.views import ConvView
@@ -41,6 +42,7 @@ def initialize_(
     head: str | None = "auto",
     rows: Rows = None,
     variance: float = 1.0,
+    solver: str = "auto",
     generator: torch.Generator | None = None,
     group: Any = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -69,6 +71,10 @@ def initialize_(
             fits the targets; None where there is none.
         rows: rows of input read per layer: an upper bound, "all", or None for a budget derived from the layer's width.
         variance: of each unit's output on the calibration data.
+        solver: "auto" takes for each layer the cheapest route to a relative residual of at most 1e-3: all principal
+            axes (exact), the space of its rows where those are few (exact too), or the leading principal axes and
+            conjugate gradients (projected), for wide layers and codes made of leading components; "exact" never
+            projects. The report names the route and its residual.
         generator: source of what is random (sampled rows, random codes); None means a fixed seed.
         group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
         progress: called with (layers done, layers in all, name of the layer done).
@@ -83,7 +89,7 @@ def initialize_(
     started = time.perf_counter()
     processes = Processes(group)
     processes.together(
-        lambda: _check_arguments(model, encoding_weight, variance, head, rows, generator, progress, forward)
+        lambda: _check_arguments(model, encoding_weight, variance, head, rows, solver, generator, progress, forward)
     )
     model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
     snapshot = Snapshot(model, generator)
@@ -93,7 +99,7 @@ def initialize_(
         seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
         data = read_data(model, batches, processes, seed, custom=forward is not None)
         plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
-        run = _Pass(plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, progress))
+        run = _Pass(plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, solver, progress))
         run.through(model, forward)
         succeeded = True
     except BaseException as error:
@@ -119,6 +125,7 @@ class _Settings:
     encoding_weight: float
     variance: float
     rows: Rows
+    solver: str
     progress: Callable[[int, int, str], None] | None
 
     def budget(self, dim: int, needs: str, total: int) -> int | None:
@@ -256,6 +263,7 @@ class _Pass:
             self._settings.variance,
             seed + 1,
             self._role(door),
+            self._settings.solver,
         )
         if use_rows(code, gathered.used, view.dim):
             rows, targets = gathered.rows(self._processes)
@@ -333,12 +341,9 @@ def _code_for(door: Door, gathered: Gathered) -> tuple[Code, str]:
     assert code is not None
     if gathered.width or not code.labels:
         return code, ""
-    if code.fallback is None:
-        raise SylinitError(
-            f"layer {door.name!r}: its rows cannot be matched to samples, so the code {code.name!r} has no "
-            "labels here; choose another for this layer, as in code={'pattern': 'pca'}"
-        )
-    return CODES[code.fallback], "its rows cannot be matched to samples, so no labels were used"
+    reason = "its rows cannot be matched to samples"
+    remedy = "choose another for this layer, as in code={'pattern': 'pca'}"
+    return code.without_labels(door.name, reason, remedy), f"{reason}, so no labels were used"
 
 
 def _left_alone(door: Door, reason: str) -> LayerReport:
@@ -351,6 +356,7 @@ def _check_arguments(
     variance: Any,
     head: Any,
     rows: Any,
+    solver: Any,
     generator: Any,
     progress: Any,
     forward: Any,
@@ -364,6 +370,8 @@ def _check_arguments(
         raise SylinitError(f"head must be the name of a layer, 'auto' or None, got {head!r}")
     if not (rows is None or rows == "all" or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 2)):
         raise SylinitError(f"rows must be an integer of at least 2, 'all' or None, got {rows!r}")
+    if solver not in ("auto", "exact"):
+        raise SylinitError(f"solver must be 'auto' or 'exact', got {solver!r}")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SylinitError(f"generator must be a torch.Generator or None, got {generator!r}")
     for name, value, form in (("progress", progress, "(done, total, name)"), ("forward", forward, "(model, batch)")):

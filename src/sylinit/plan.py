@@ -50,7 +50,7 @@ class Door:
         return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
 
 
-HEAD = Code("head", select_target, "moments", labels=True)
+HEAD = Code("head", select_target, "moments", labels=True, leading=1.0)
 """The code of a head: the targets themselves."""
 
 
@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
         is_head = view is head_view
         its_code = HEAD if is_head else _with_targets(code_of(view.name), view.name, kind)
         doors.append(Door(view.name, view.module, view, its_code, is_head))
-    _refuse_selected(left, modules, chosen, explicit=layers is not None)
+    _refuse_selected(left, modules, chosen)
     if not doors:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialise{': ' + reasons if reasons else ''}")
@@ -149,12 +149,8 @@ def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:
     """The code itself, or what it falls back to where there are no targets."""
     if not code.labels or kind.present or code.values is not None:
         return code
-    if code.fallback is not None:
-        return CODES[code.fallback]
-    raise SylinitError(
-        f"layer {name!r}: the code {code.name!r} needs labels and the batches have none; pass batches of (x, y), "
-        "or a code without labels such as code='pca'"
-    )
+    remedy = "pass batches of (x, y), or a code without labels such as code='pca'"
+    return code.without_labels(name, "the batches have none", remedy)
 
 
 def _head(
@@ -227,7 +223,7 @@ def _require_writable(view: View) -> None:
             )
 
 
-def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any, *, explicit: bool) -> None:
+def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any) -> None:
     """A quantised layer is an error wherever it is selected, and so is a lazy one: silence would mislead."""
     for layer in left:
         module = modules.get(layer.name)

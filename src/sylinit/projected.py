@@ -46,7 +46,7 @@ def solve_projected(
     *,
     encoding_weight: float,
     tolerance: float = TOLERANCE,
-    max_steps: int = 12,
+    max_steps: int = 30,
 ) -> Approximation:
     """Solve ``A W + W (lambda Cov) = C`` to a relative residual of ``tolerance``.
 

@@ -90,6 +90,7 @@ class Report:
             "kind",
             "shape",
             "code",
+            "solver",
             "rows",
             "rank",
             "residual",
@@ -166,6 +167,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         layer.kind,
         f"{units}x{dim}" if groups == 1 else f"{groups}x{units}x{dim}",
         layer.code,
+        layer.solver,
         str(layer.rows),
         number(layer.rank, "d"),
         number(layer.residual, ".0e"),
@@ -179,7 +181,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Left-aligned text columns, right-aligned numbers."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    text = 4
+    text = 5
     lines = [
         "  ".join(
             cell.ljust(width) if column < text else cell.rjust(width)

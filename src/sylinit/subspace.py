@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def row_space(rows: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
     keep = squares > rtol * squares[-1].clamp(min=torch.finfo(gram.dtype).tiny)
     left, sizes = left[:, keep].flip(1), squares[keep].sqrt().flip(0)
     basis = torch.cat([piece.double().T @ (left / sizes) for piece in pieces])
-    return basis * _signs(basis), left * sizes * _signs(basis)
+    return basis * signs(basis), left * sizes * signs(basis)
 
 
 @dataclass(frozen=True)
@@ -86,40 +85,10 @@ def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator
     variances, turn = variances.flip(0).clamp(min=0), turn.flip(1).to(single)
     basis, image = basis @ turn, image @ turn
     rest = (dim - variances.sum()).clamp(min=0) / max(1, dim - len(variances))
-    signs = _signs(basis)
-    return Subspace(basis * signs, variances * size, (image * signs) * size.to(single), rest * size)
+    sign = signs(basis)
+    return Subspace(basis * sign, variances * size, (image * sign) * size.to(single), rest * size)
 
 
-def choose_route(rows: int, dim: int, components: int) -> Literal["exact", "row-space", "projected"]:
-    """Which way to solve a layer costs least, by counts of operations.
-
-    The exact route is an eigendecomposition in float64, about 9 d^3; the projected one is products in float32:
-    ``6 d^2 r`` for the subspace of rank r, about ``6 d^2 k`` for the steps after it, and ``16 d r^2`` inside. On
-    CPUs and GPUs alike an operation of the former takes two to three times as long; the projected route is taken
-    where it is at least twice as fast.
-
-    Args:
-        rows: n, those that the layer is computed from.
-        dim: d.
-        components: how many leading principal components the code asks for.
-    """
-    if rows < dim:
-        return "row-space"
-    rank = subspace_rank(components)
-    exact = 2.5 * 9 * dim**3
-    projected = 6 * dim**2 * (rank + components) + 16 * dim * rank**2 + 2.5 * 9 * rank**3
-    return "projected" if dim >= SMALL and 2 * projected < exact else "exact"
-
-
-SMALL = 512
-"""Below this d a decomposition takes milliseconds, and the exact answer is as good as free."""
-
-
-def subspace_rank(components: int) -> int:
-    """The rank of subspace from which ``components`` principal components are read: a tenth more, and ten."""
-    return components + components // 10 + 10
-
-
-def _signs(basis: Tensor) -> Tensor:
-    """Signs that make the largest entry of every column positive, ``[1, r]``: a rerun gives the same axes."""
-    return basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+def signs(basis: Tensor) -> Tensor:
+    """Signs that make the largest entry of every column positive, ``[..., 1, r]``: a rerun gives the same axes."""
+    return basis.gather(-2, basis.abs().argmax(-2, keepdim=True)).sign()
