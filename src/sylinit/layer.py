@@ -176,7 +176,9 @@ def solve_code(
     gram = cross @ code.on_x.mT + (code.on_x @ axes.xt + code.on_t @ axes.tt) @ code.on_t.mT  # S S^T
     scale = (cov.variance.clamp(min=0) / gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=tiny)).sqrt().view(-1, 1, 1)
     gram, cross = gram * scale.square(), cross * scale
-    rotated = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross)
+    made_of = torch.cat([code.on_x, code.on_t], 2)  # E of S = E [x, t]
+    span = torch.linalg.qr(made_of)[0] if made_of.shape[1] > made_of.shape[2] else None
+    rotated = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross, span)
     weight = rotated @ axes.basis.mT
 
     right = (1 + encoding_weight) * (cross @ axes.basis.mT)
