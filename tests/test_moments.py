@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sylinit.moments import Moments, sample_index
+from sylinit.moments import BLOCK, Moments, sample_index
 
 
 def problem(seed: int, groups: int = 2, count: int = 60, dim: int = 5, width: int = 3):
@@ -37,6 +37,15 @@ def test_blocks_are_the_second_moment_of_1_x_t():
     assert torch.allclose(sums.xx[0], gram[1:6, 1:6])
     assert torch.allclose(sums.xt[0], gram[1:6, 6:])
     assert torch.allclose(sums.tt, gram[6:, 6:])
+
+
+@pytest.mark.parametrize("dim", [BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+def test_the_covariance_of_rows_wider_than_a_block_is_whole_and_symmetric(dim):
+    rows, targets = problem(0, groups=2, count=40, dim=dim)
+    cov = moments_of(rows, targets).covariance()
+    for group, xx in zip(rows, cov.xx, strict=True):
+        assert torch.equal(xx, xx.T)
+        assert torch.allclose(xx, torch.cov(group.T, correction=0), rtol=1e-12, atol=1e-12)
 
 
 @given(seed=st.integers(0, 50), cuts=st.lists(st.integers(0, 60), max_size=16), shuffle=st.booleans())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from sylinit.errors import SylinitError, UnsupportedLayerError
 from sylinit.gather import Gathered, gather, not_finite, require_finite
 from sylinit.lanes import Lanes
 from sylinit.layer import Solution, solve_layer, solve_layer_from_rows
+from sylinit.offload import Offload
 from sylinit.plan import Door, Plan, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
@@ -45,6 +47,7 @@ def initialize_(
     solver: str = "auto",
     generator: torch.Generator | None = None,
     group: Any = None,
+    offload: bool | Literal["disk"] = False,
     progress: Callable[[int, int, str], None] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Report:
@@ -77,6 +80,9 @@ def initialize_(
             projects. The report names the route and its residual.
         generator: source of what is random (sampled rows, random codes); None means a fixed seed.
         group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
+        offload: where the activations of batches that wait for the others go: True moves those of a model on a CUDA
+            device to the CPU, "disk" those of any model to temporary files, so that the device holds the activations
+            of one batch only, however many there are. The weights are the same; the report says what was moved.
         progress: called with (layers done, layers in all, name of the layer done).
         forward: ``(model, batch) -> anything``, for models that are not called as ``model(x)`` or ``model(**mapping)``.
 
@@ -89,17 +95,23 @@ def initialize_(
     started = time.perf_counter()
     processes = Processes(group)
     processes.together(
-        lambda: _check_arguments(model, encoding_weight, variance, head, rows, solver, generator, progress, forward)
+        lambda: _check_arguments(
+            model, encoding_weight, variance, head, rows, solver, generator, offload, progress, forward
+        )
     )
     model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
     snapshot = Snapshot(model, generator)
     succeeded = False
     run: _Pass | None = None
+    parked: Offload | None = None
     try:
         seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
         data = read_data(model, batches, processes, seed, custom=forward is not None)
         plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
-        run = _Pass(plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, solver, progress))
+        parked = _offload(offload, plan, len(data.batches))
+        run = _Pass(
+            plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, solver, progress), parked
+        )
         run.through(model, forward)
         succeeded = True
     except BaseException as error:
@@ -108,6 +120,8 @@ def initialize_(
     finally:
         if run is not None:
             run.remove_hooks()
+        if parked is not None:
+            parked.end()
         snapshot.restore(succeeded=succeeded)
     return Report(
         layers=(*run.records, *run.never_met(), *plan.left_alone),
@@ -115,6 +129,8 @@ def initialize_(
         seconds=time.perf_counter() - started,
         solve_seconds=sum(record.seconds for record in run.records),
         notes=plan.notes,
+        offloaded_peak=parked.peak if parked else 0,
+        offloaded_total=parked.moved if parked else 0,
     )
 
 
@@ -138,14 +154,24 @@ class _Settings:
 class _Pass:
     """One run of the model over all batches; each layer is computed at its door."""
 
-    def __init__(self, plan: Plan, data: Data, processes: Processes, snapshot: Snapshot, settings: _Settings) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        data: Data,
+        processes: Processes,
+        snapshot: Snapshot,
+        settings: _Settings,
+        offload: Offload | None,
+    ) -> None:
         self.records: list[LayerReport] = []
         self._plan = plan
         self._data = data
         self._processes = processes
         self._snapshot = snapshot
         self._settings = settings
-        self._lanes = Lanes(len(data.batches), self._settle, self._choose)
+        self._offload = offload
+        parking = offload.parking if offload else nullcontext
+        self._lanes = Lanes(len(data.batches), self._settle, self._choose, parking)
         self._settled: set[int] = set()
         self._entered: set[int] = set()
         self._hooks: list[Any] = []
@@ -162,10 +188,11 @@ class _Pass:
 
         def lane(number: int) -> None:
             batch = self._data.batches[number]
-            if forward is not None:
-                forward(model, batch.raw)
-            else:
-                call_model(model, batch)
+            with self._offload.lane(number) if self._offload else nullcontext():
+                if forward is not None:
+                    forward(model, batch.raw)
+                else:
+                    call_model(model, batch)
 
         with torch.no_grad():
             self._lanes.run(lane)
@@ -202,8 +229,9 @@ class _Pass:
         """Compute what is behind a door from everything that waits there."""
         started = time.perf_counter()
         door = self._plan.doors[number]
-        self._processes.together(lambda: self._check_entry(door, waiting))
-        with torch.autocast(door.device.type, enabled=False):
+        reading = self._offload.reading() if self._offload else nullcontext()
+        with reading, torch.autocast(door.device.type, enabled=False):
+            self._processes.together(lambda: self._check_entry(door, waiting))
             record = self._matrix(door, number, waiting) if door.view else self._statistics(door, waiting)
         self.records.append(replace(record, seconds=time.perf_counter() - started))
         self._settled.add(number)
@@ -312,17 +340,26 @@ class _Pass:
             view.write(weight, bias if view.has_bias else None)
         except UnsupportedLayerError as error:
             return replace(record, action="left alone", reason=str(error), code="")
+        small = weight if view.units <= view.dim else weight.mT
         return replace(
             record,
             shape=(view.groups, view.units, view.dim),
             reason="; ".join(filter(None, (record.reason, solution.note))),
             solver=solution.route,
-            rank=int(torch.linalg.matrix_rank(weight @ weight.mT, hermitian=True, rtol=1e-10).sum()),
+            rank=int(torch.linalg.matrix_rank(small @ small.mT, hermitian=True, rtol=1e-10).sum()),
             residual=float(solution.residual),
             encoding_error=float(solution.encoding_error),
             decoding_error=float(solution.decoding_error),
             dead_units=float(solution.dead.double().mean()),
         )
+
+
+def _offload(asked: bool | str, plan: Plan, lanes: int) -> Offload | None:
+    """What moves activations away, where there is something to move and somewhere else to put it."""
+    device = plan.doors[0].device
+    if not asked or lanes == 1 or (asked is True and device.type == "cpu"):
+        return None
+    return Offload(device, "disk" if asked == "disk" else "cpu")
 
 
 def default_rows(dim: int) -> int:
@@ -358,6 +395,7 @@ def _check_arguments(
     rows: Any,
     solver: Any,
     generator: Any,
+    offload: Any,
     progress: Any,
     forward: Any,
 ) -> None:
@@ -374,6 +412,8 @@ def _check_arguments(
         raise SylinitError(f"solver must be 'auto' or 'exact', got {solver!r}")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SylinitError(f"generator must be a torch.Generator or None, got {generator!r}")
+    if not (isinstance(offload, bool) or offload == "disk"):
+        raise SylinitError(f"offload must be True, False or 'disk', got {offload!r}")
     for name, value, form in (("progress", progress, "(done, total, name)"), ("forward", forward, "(model, batch)")):
         if not (value is None or callable(value)):
             raise SylinitError(f"{name} must be a function {form} or None, got {value!r}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,9 @@ Choose = Callable[[int | None], int | None]
 """Called with the door that this process would settle next (None: it has ended), it returns the
 door that all settle."""
 
+Parking = Callable[[int], AbstractContextManager[Any]]
+"""Called with a lane; the lane waits inside."""
+
 
 class Stopped(BaseException):
     """Ends a parked lane after another one has failed. Not an `Exception`: a model's own handlers must not catch it."""
@@ -39,12 +42,20 @@ class Lanes:
         count: number of lanes.
         settle: initialises the layer behind a door, given what waits at it.
         choose: agrees with the other processes on the next door.
+        parking: what becomes of a lane's activations while it waits.
     """
 
-    def __init__(self, count: int, settle: Settle, choose: Choose = lambda door: door) -> None:
+    def __init__(
+        self,
+        count: int,
+        settle: Settle,
+        choose: Choose = lambda door: door,
+        parking: Parking = nullcontext,
+    ) -> None:
         self._count = count
         self._settle = settle
         self._choose = choose
+        self._parking = parking
         self._baton = threading.Condition()
         self._turn = 0
         self._parked: dict[int, tuple[int, Any]] = {}
@@ -74,7 +85,7 @@ class Lanes:
     def meet(self, door: int, payload: Any) -> None:
         """Wait at a door, from inside a lane's forward pass, until its layer is settled."""
         lane = self._here.lane
-        with self._baton:
+        with self._baton, self._parking(lane):
             self._parked[lane] = (door, payload)
             self._pass_on()
             self._wait_for_turn(lane)

@@ -17,6 +17,9 @@ from torch import Tensor
 CHUNK = 1 << 22
 """Numbers that are converted to float64 at once: 32 MiB, whatever the number of rows."""
 
+BLOCK = 192
+"""Columns of ``sum x x^T`` that are formed at once, from the diagonal on: narrow, but wide enough for full speed."""
+
 
 @dataclass
 class Moments:
@@ -26,7 +29,7 @@ class Moments:
         count: number of rows seen, a float64 scalar tensor.
         sum_x: ``[g, d]``, the sum of the rows.
         sum_t: ``[c]``, the sum of the targets.
-        xx: ``[g, d, d]``, the sum of ``x x^T``.
+        xx: ``[g, d, d]``, the sum of ``x x^T``; only its upper triangle holds.
         xt: ``[g, d, c]``, the sum of ``x t^T``.
         tt: ``[c, c]``, the sum of ``t t^T``.
     """
@@ -68,7 +71,9 @@ class Moments:
             self.count += x.shape[1]
             self.sum_x += x.sum(1)
             self.sum_t += t.sum(0)
-            self.xx.baddbmm_(x.mT, x)
+            for column in range(0, dim, BLOCK):
+                block = slice(column, column + BLOCK)
+                self.xx[:, block, column:].baddbmm_(x[:, :, block].mT, x[:, :, column:])
             self.tt.addmm_(t.T, t)
             if t.shape[1]:
                 self.xt.baddbmm_(x.mT, t.expand(x.shape[0], *t.shape))
@@ -94,11 +99,12 @@ class Moments:
         """Centre the sums and divide them by the count."""
         count = self.count.clamp(min=1)
         mean_x, mean_t = self.sum_x / count, self.sum_t / count
+        xx = self.xx.triu() + self.xx.triu(1).mT
         return Covariance(
             dim=mean_x.shape[1],
             mean_x=mean_x,
             mean_t=mean_t,
-            xx=self.xx / count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1),
+            xx=xx / count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1),
             xt=self.xt / count - mean_x.unsqueeze(2) * mean_t,
             tt=self.tt / count - torch.outer(mean_t, mean_t),
         )

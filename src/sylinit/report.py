@@ -58,6 +58,8 @@ class Report:
         seconds: wall time of the whole call.
         solve_seconds: the part of it spent on layers rather than on running the model.
         notes: anything about the whole model that a user should know.
+        offloaded_peak: the largest number of bytes of activations that ``offload=`` held elsewhere at one time.
+        offloaded_total: bytes that it moved away in all.
     """
 
     layers: tuple[LayerReport, ...]
@@ -65,6 +67,8 @@ class Report:
     seconds: float
     solve_seconds: float
     notes: tuple[str, ...] = ()
+    offloaded_peak: int = 0
+    offloaded_total: int = 0
 
     @property
     def initialised(self) -> tuple[LayerReport, ...]:
@@ -110,6 +114,9 @@ class Report:
             lines.append(f"{action}: {shown}" + (f" ({reason})" if reason else ""))
         lines += [f"note: {layer.name}: {layer.reason}" for layer in done if layer.reason]
         lines += [f"note: {note}" for note in self.notes]
+        if self.offloaded_total:
+            peak, total = (f"{size / 1e6:.0f} MB" for size in (self.offloaded_peak, self.offloaded_total))
+            lines.append(f"note: at most {peak} of activations were offloaded at one time, {total} in all")
         lines.append(
             f"{len(done)} matrices from {self.samples} samples in {self.seconds:.2f} s "
             f"({self.solve_seconds:.2f} s of it on layers, the rest running the model)"

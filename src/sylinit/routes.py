@@ -98,7 +98,9 @@ def fit_exact(cov: Covariance, problem: Problem) -> Fit:
     axes = principal_axes(cov)
     code, gram = _scaled(_code(problem, axes), axes, cov)
     cross = code.on_x * axes.variances.unsqueeze(1) + code.on_t @ axes.xt.mT
-    weight = solve_diagonal(gram, problem.encoding_weight * axes.variances, (1 + problem.encoding_weight) * cross)
+    made_of = torch.cat([code.on_x, code.on_t], 2)  # E of S = E [x, t]
+    span = torch.linalg.qr(made_of)[0] if made_of.shape[1] > made_of.shape[2] else None
+    weight = solve_diagonal(gram, problem.encoding_weight * axes.variances, (1 + problem.encoding_weight) * cross, span)
     return _judged(weight @ axes.basis.mT, gram, cross @ axes.basis.mT, cov, problem, "exact")
 
 

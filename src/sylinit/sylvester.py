@@ -83,8 +83,21 @@ def solve_sylvester(a: Tensor, b: Tensor, c: Tensor, *, rtol: float | None = Non
     return Solution(weight, residual.to(dtype), (inverse != 0).sum((-2, -1)))
 
 
-def solve_diagonal(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Solve ``A W + W diag(b) = C``: ``[..., k, k]``, ``[..., d]``, ``[..., k, d]``; for use in principal axes."""
+def solve_diagonal(a: Tensor, b: Tensor, c: Tensor, span: Tensor | None = None) -> Tensor:
+    """Solve ``A W + W diag(b) = C``, for use in principal axes.
+
+    Args:
+        a: ``[..., k, k]``, symmetric positive semidefinite.
+        b: ``[..., d]``.
+        c: ``[..., k, d]``.
+        span: ``[..., k, m]``, orthonormal columns that span those of A and C, where they are fewer than k: only m x m
+            is decomposed.
+
+    Returns:
+        ``W``, ``[..., k, d]``.
+    """
+    if span is not None:
+        return span @ solve_diagonal(span.mT @ a @ span, b, span.mT @ c)
     values, u = robust_eigh(a)
     return u @ (pair_inverse(values, b) * (u.mT @ c))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sylinit.errors import SylinitError
+from sylinit.views import unravel
 
 IGNORED = -100
 """A class index that means "no label here", as in ``torch.nn.functional.cross_entropy``."""
@@ -159,7 +160,7 @@ def for_rows(vectors: Tensor, samples: int, positions: tuple[int, ...], index: T
     lead = (samples, *positions)
     if index is None:
         index = torch.arange(math.prod(lead), device=vectors.device)
-    where = list(torch.unravel_index(index.to(vectors.device), lead))
+    where = list(unravel(index.to(vectors.device), lead))
     if samples == batch:
         sample = where.pop(0)
         spread = list(positions)

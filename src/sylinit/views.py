@@ -181,7 +181,7 @@ class ConvView(View):
         images, places = self.images(x), self.places(x)
         if index is None:
             index = torch.arange(len(images) * math.prod(places), device=images.device)
-        sample, *position = _unravel(index, (len(images), *places))
+        sample, *position = unravel(index, (len(images), *places))
         taps = torch.zeros_like(sample).unsqueeze(1)  # [n, K]: each tap's position in a flattened image
         inside = torch.ones_like(taps, dtype=torch.bool)
         for axis, (place, size) in enumerate(zip(position, images.shape[2:], strict=True)):
@@ -458,11 +458,14 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None or x.ndim == 1:
         flat = x.reshape(-1, x.shape[-1])
         return flat if index is None else flat[index]
-    return x[_unravel(index, x.shape[:-1])]
+    return x[unravel(index, x.shape[:-1])]
 
 
-def _unravel(number: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Coordinates in ``shape`` of flat positions. `torch.unravel_index` copies the shape to the device and waits."""
+def unravel(number: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Coordinates in ``shape`` of flat positions.
+
+    `torch.unravel_index` copies the shape to the device and waits; its first call takes half a second of imports.
+    """
     coordinates = []
     for size in reversed(shape):
         coordinates.append(number % size)

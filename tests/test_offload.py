@@ -1,0 +1,104 @@
+"""Offloading: the same weights bit for bit, one lane's activations at a time, everything back after a failure."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import Residual, images, small_mlp, vectors
+from sylinit import initialize_, offload
+from sylinit.errors import SylinitError
+from sylinit.offload import Offload
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+
+
+class Remembering(nn.Module):
+    """A residual network that keeps one batch's activations for the next, in views too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.first, self.second = Residual(6), Residual(6)
+        self.head = nn.Linear(6, 3)
+        self.fail = False
+        self.last: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu_()
+        held = x[:, :3].transpose(2, 3)
+        if self.last:
+            x = x + 0.1 * self.last[-1].mean()
+        self.last.append(x)
+        x = self.second(self.first(x))
+        if self.fail:
+            raise RuntimeError("at the end")
+        return self.head(x.mean((2, 3)) + held.mean())
+
+
+def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
+    x, y = images(60)
+    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
+
+
+def test_the_weights_are_bit_for_bit_the_same():
+    torch.manual_seed(0)
+    plain = Remembering()
+    moved = copy.deepcopy(plain)
+    initialize_(plain, batches())
+    report = initialize_(moved, batches(), offload="disk")
+    for (name, one), (_, other) in zip(plain.state_dict().items(), moved.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+    for one, other in zip(plain.last, moved.last, strict=True):
+        assert torch.equal(one, other)
+    assert report.offloaded_peak > 0
+    assert "offloaded" in str(report)
+
+
+def test_what_outlives_a_failure_is_whole():
+    plain, moved = Remembering(), Remembering()
+    moved.load_state_dict(plain.state_dict())
+    for model, where in ((plain, False), (moved, "disk")):
+        model.fail = True
+        with pytest.raises(RuntimeError, match="at the end"):
+            initialize_(model, batches(), offload=where)
+    assert [t.untyped_storage().nbytes() for t in moved.last] == [t.numel() * 4 for t in plain.last]
+    for one, other in zip(plain.last, moved.last, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_device_holds_one_lanes_activations(monkeypatch):
+    most = 0
+    need = Offload.need
+
+    def counting(self, storage):
+        nonlocal most
+        need(self, storage)
+        here = {page.lane for page in self._pages.values() if page.here and page.storage() is not None}
+        most = max(most, len(here))
+
+    monkeypatch.setattr(Offload, "need", counting)
+    x, y = vectors()
+    initialize_(small_mlp(), list(zip(x.split(10), y.split(10), strict=True)), offload="disk")
+    assert most == 1
+
+
+def test_a_model_on_the_cpu_has_nowhere_else_to_put_them():
+    plain, asked = Remembering(), Remembering()
+    asked.load_state_dict(plain.state_dict())
+    initialize_(plain, batches())
+    report = initialize_(asked, batches(), offload=True)
+    assert report.offloaded_total == 0
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), asked.parameters(), strict=True))
+
+
+def test_an_unknown_place_is_refused():
+    with pytest.raises(SylinitError, match="offload must be True, False or 'disk', got 'moon'"):
+        initialize_(Remembering(), batches(), offload="moon")
