@@ -299,7 +299,7 @@ class _Pass:
             bias = bias if old is None else torch.where(alive.view(-1, 1), bias, old.to(bias))
         self._processes.broadcast_(weight := weight.contiguous())
         self._processes.broadcast_(bias := bias.contiguous())
-        self._snapshot.before_writing(*view.parameters)
+        self._snapshot.keep(*view.parameters)
         try:
             view.write(weight, bias if view.has_bias else None)
         except UnsupportedLayerError as error:
