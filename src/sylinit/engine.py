@@ -21,6 +21,7 @@ from sylinit.layer import Problem, Solution, solve_layer, solve_layer_from_rows
 from sylinit.plan import Door, Plan, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
+from sylinit.shards import Shards
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
 from sylinit.views import ConvView
@@ -86,23 +87,26 @@ def initialize_(
         lambda: _check_arguments(model, encoding_weight, variance, head, rows, generator, progress, forward)
     )
     model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+    shards = processes.together(lambda: Shards(model, processes.ranks))
     snapshot = Snapshot(model, generator)
     succeeded = False
     run: _Pass | None = None
-    try:
-        seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
-        data = read_data(model, batches, processes, seed, custom=forward is not None)
-        plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
-        run = _Pass(plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, progress))
-        run.through(model, forward)
-        succeeded = True
-    except BaseException as error:
-        processes.announce(error)
-        raise
-    finally:
-        if run is not None:
-            run.remove_hooks()
-        snapshot.restore(succeeded=succeeded)
+    with processes.interrupted_together():
+        try:
+            with shards.gathered(snapshot):
+                seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
+                data = read_data(model, batches, processes, seed, custom=forward is not None)
+                plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
+                run = _Pass(plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, progress))
+                run.through(model, forward)
+            succeeded = True
+        except BaseException as error:
+            processes.announce(error)
+            raise
+        finally:
+            if run is not None:
+                run.remove_hooks()
+            snapshot.restore(succeeded=succeeded)
     return Report(
         layers=(*run.records, *run.never_met(), *plan.left_alone),
         samples=data.samples,

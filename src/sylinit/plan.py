@@ -230,7 +230,7 @@ def _require_writable(view: View) -> None:
 def _refuse(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any) -> None:
     """A quantised layer is an error wherever it is selected: silence would mislead. A lazy one always is.
 
-    The pass would give a lazy layer random weights, of which a failure could not rid it, and other ones in each process.
+    The pass would give a lazy layer random weights, others in each process, of which a failure could not rid it.
     """
     for layer in left:
         module = modules.get(layer.name)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from sylinit.interrupts import held_interrupts
+
 
 class Snapshot:
     """The state of a model and of the random number generators before a pass.
@@ -45,16 +47,23 @@ class Snapshot:
         """Parameters and buffers whose new values are results, to stay when the pass succeeds."""
         self._kept.update(map(id, tensors))
 
-    @torch.no_grad()
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether a tensor's new values are results."""
+        return id(tensor) in self._kept
+
     def restore(self, *, succeeded: bool) -> None:
         """Put everything back: all of it after a failure; after success all but the results."""
+        with torch.no_grad(), held_interrupts():
+            self._restore(succeeded)
+
+    def _restore(self, succeeded: bool) -> None:
         for module, training in self._modes:
             module.training = training
         for registry, entries in self._registered:
             registry.clear()
             registry.update(entries)
         for tensor, before in self._numbers:
-            if not (succeeded and id(tensor) in self._kept):
+            if not (succeeded and self.keeps(tensor)):
                 tensor.copy_(before)
         if not succeeded and self._generator is not None and self._generator_state is not None:
             self._generator.set_state(self._generator_state)
