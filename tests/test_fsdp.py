@@ -80,13 +80,14 @@ def sharded(kind: str) -> nn.Module:
         return each_block(model, mesh=init_device_mesh("cpu", (1, SIZE), mesh_dim_names=("replicate", "shard")))
     if kind == "other dimension":
         return each_block(model, shard_placement_fn=lambda p: Shard(min(p.ndim - 1, 1)))
-    if kind == "half precision":  # what FSDP computes in does not change what is stored
-        return each_block(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    if kind == "tied, less precision":  # FSDP computes in float32 what it stores in float64
+        return each_block(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     if kind == "offloaded":
         return each_block(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
     if kind == "used before":
-        each_block(model)(images()[0].double())  # FSDP leaves the outermost parameters gathered
-        return model
+        with torch.no_grad():
+            each_block(model.eval())(images()[0].double())  # FSDP leaves the outermost parameters gathered
+        return model.train()
     if kind == "tied, other forward":
         register_fsdp_forward_method(each_block(model), "other")
         return model
@@ -98,7 +99,7 @@ KINDS = [
     "a group",
     "hybrid",
     "other dimension",
-    "half precision",
+    "tied, less precision",
     "offloaded",
     "used before",
     "tied",
@@ -143,6 +144,7 @@ def local_bits(model: nn.Module) -> list[bytes]:
 def run_kind(kind: str, rank: int, group: Any) -> dict[str, Any]:
     model = sharded(kind)
     if kind == "used before":
+        assert not any(hasattr(parameter, "full_tensor") for parameter in model[0].parameters())
         model.reshard()
     before = seen(model)
     if kind == "used before":
@@ -150,12 +152,12 @@ def run_kind(kind: str, rank: int, group: Any) -> dict[str, Any]:
     layers = compute(model, kind, rank, SIZE, group)
     unchanged = seen(model) == before
     result = full(model)
-    # Once more through FSDP itself, which must know of the new weights, and a training step.
+    # Through FSDP itself, which must know of the new weights, and a training step.
     x, y = images()
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
     with torch.no_grad():
         outputs = model.eval()(x.double()).clone()
     model.train()
-    optimiser = torch.optim.SGD(model.parameters(), 0.1)
     nn.functional.cross_entropy(model(x.double()).double(), y).backward()
     optimiser.step()
     return {
@@ -260,15 +262,9 @@ def alone() -> Callable[[str], dict[str, Any]]:
         model = whole(kind)
         layers = compute(model, kind, 0, 1, None)
         result = full(model)
-        x, y = images()
         with torch.no_grad():
-            outputs = model.eval()(x.double())
-        model.train()
-        optimiser = torch.optim.SGD(model.parameters(), 0.1)
-        torch.manual_seed(0)
-        nn.functional.cross_entropy(model(x.double()), y).backward()
-        optimiser.step()
-        return {"layers": layers, "state": result, "outputs": outputs, "trained": full(model)}
+            outputs = model.eval()(images()[0].double())
+        return {"layers": layers, "state": result, "outputs": outputs}
 
     return run
 
@@ -289,17 +285,16 @@ def test_the_result_is_that_of_one_process_with_the_whole_model(results, alone, 
 @pytest.mark.parametrize("kind", [*KINDS, "afterwards"])
 def test_fsdp_goes_on_with_the_new_weights(results, alone, kind):
     """It is in its place, computes what the whole model computes, and trains."""
-    rough = kind == "half precision"
+    tolerance = 1e-4 if kind == "tied, less precision" else 1e-6
     for done in results:
         got = done[kind]
         assert got["unchanged"]
         assert got["sharded"] > 1
-        torch.testing.assert_close(
-            got["outputs"].double(), alone(kind)["outputs"], rtol=0.1 if rough else 1e-6, atol=0.1 if rough else 1e-7
-        )
+        expected = alone(kind)["outputs"]
+        torch.testing.assert_close(got["outputs"].double(), expected, rtol=tolerance, atol=tolerance)
         assert all(bool(value.isfinite().all()) for value in got["trained"].values())
         moved = {key for key, value in got["trained"].items() if not torch.equal(value, got["state"][key])}
-        assert {"0.weight", "head.weight"} & moved
+        assert {"7.weight", "head.weight"} & moved
         assert not any(key.startswith("frozen") for key in moved)
 
 
@@ -314,10 +309,11 @@ def test_a_failure_of_one_leaves_every_shard_as_it_was(results, where):
     ("case", "words"),
     [
         ("no group", ["parameter '0.weight'", "ranks [", "expected group=", "pass group="]),
-        ("tensor parallel", ["parameter '0.weight'", "Shard", "expected a plain tensor", "before making it parallel"]),
+        ("tensor parallel", ["parameter '0.weight'", "S(0)|Shard(0)", "expected a plain tensor", "before making it parallel"]),
         ("the first FSDP", ["'(the model itself)'", "FullyShardedDataParallel", "before wrapping", "fully_shard"]),
     ],
 )
 def test_what_is_refused_and_why(results, case, words):
     for done in results:
-        assert all(word in done["refusals"][case] for word in words), done["refusals"][case]
+        for word in words:
+            assert any(form in done["refusals"][case] for form in word.split("|"))
