@@ -194,6 +194,33 @@ def test_nan_and_inf_in_an_input_that_joins_later(bad):
         wrong[place, 3] = 0
 
 
+class WritesItself(nn.Module):
+    """Writes into its own parameter, and into that of a layer inside, whenever it runs."""
+
+    def __init__(self, *, detached: bool) -> None:
+        super().__init__()
+        self.scale, self.inner, self.detached = nn.Parameter(torch.ones(12)), nn.Linear(12, 12), detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        for parameter in (self.scale, self.inner.bias):
+            (parameter.data if self.detached else parameter).add_(x.detach().mean())
+        return self.inner(x * self.scale)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("layers", [None, "2"])
+def test_a_model_that_writes_its_own_parameters(detached, layers):
+    def broken(done: int, total: int, name: str) -> None:
+        if done == total:
+            raise Boom
+
+    model = nn.Sequential(WritesItself(detached=detached), nn.ReLU(), nn.Linear(12, 3))
+    batches = [(torch.randn(30, 12) + 1, torch.arange(30) % 3)] * 2
+    check(Boom, lambda m, g: sylinit.initialize_(m, batches, generator=g, layers=layers, progress=broken), model)
+    sylinit.initialize_(model, batches, layers=layers)
+    assert torch.equal(model[0].scale, torch.ones(12))
+
+
 def test_overflow_inside_the_model():
     class Overflow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

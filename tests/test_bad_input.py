@@ -220,6 +220,7 @@ def test_a_dynamically_quantised_layer():
 def test_lazy_modules(lazy):
     model = nn.Sequential(nn.Linear(12, 16), lazy, nn.Linear(8, 3))
     refused(model, [(X, Y)], "layer '1'", "lazy", "run one batch through")
+    refused(model, [(X, Y)], "layer '1'", "lazy", "run one batch through", layers="0")
 
 
 @pytest.mark.parametrize(

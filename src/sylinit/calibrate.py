@@ -15,8 +15,15 @@ from sylinit.moments import Covariance
 FLOOR = 0.1
 """Variance along a unit's direction is taken to be at least this share of the mean over all directions."""
 
-LOGIT_DEVIATION = 0.2
+LOGIT_DEVIATION = 0.5
 """Root mean square of a classifier's centred logits at the start."""
+
+NORM_SCALE = 0.5
+"""Weight of a normalisation layer at the start, instead of one.
+
+Between layers that are calibrated after it this changes no function, and it shrinks what residual blocks add up to. So
+the head's weights start longer and its input shorter: the same step of training turns it less.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,3 +119,17 @@ def write_statistics(module: Any, sums: Tensor) -> None:
     variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
     module.running_mean.copy_(mean)
     module.running_var.copy_(variance)
+
+
+@torch.no_grad()
+def rescale_fresh(module: Any) -> bool:
+    """Set the weight of a normalisation layer to `NORM_SCALE`, if it is as PyTorch makes it: ones, and a bias of zeros.
+
+    Returns:
+        Whether it was; one that has been trained, frozen or started otherwise (at zero, say) is left as it is.
+    """
+    weight, bias = module.weight, module.bias
+    if weight is None or not weight.requires_grad or bool((weight != 1).any() | (bias != 0).any()):
+        return False
+    weight.fill_(NORM_SCALE)
+    return True

@@ -70,10 +70,13 @@ def read_data(model: nn.Module, batches: Any, processes: Processes, seed: int, *
         return read, describe([batch.target for batch in read if batch.target is not None])
 
     read, own = processes.together(local)
-    agreed = processes.agree(lambda: (sum(batch.samples for batch in read), own, seed))
-    kinds = [kind for _, kind, _ in agreed]
-    kind = TargetKind(max(k.classes for k in kinds), kinds[0].width, all(k.soft for k in kinds))
-    if any((bool(k.classes), k.width) != (bool(kind.classes), kind.width) for k in kinds):
+    # A process all of whose labels are ignored says nothing about their kind; the others do.
+    silent = not own.present and read[0].target is not None
+    agreed = processes.agree(lambda: (sum(batch.samples for batch in read), None if silent else own, seed))
+    said = [kind for _, kind, _ in agreed if kind is not None] or [own]
+    kind = TargetKind(max(k.classes for k in said), said[0].width, all(k.soft for k in said))
+    differ = any((bool(k.classes), k.width) != (bool(kind.classes), kind.width) for k in said)
+    if differ or (kind.width and len(said) < len(agreed)):
         raise SylinitError("batches: the targets of the processes of the group are of different kinds or widths")
     return Data(
         batches=read,

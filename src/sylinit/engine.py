@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sylinit.calibrate import norm_sums, write_statistics
+from sylinit.calibrate import norm_sums, rescale_fresh, write_statistics
 from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
 from sylinit.errors import SylinitError, UnsupportedLayerError
@@ -24,6 +24,7 @@ from sylinit.plan import Door, Plan, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
 from sylinit.routes import Problem
+from sylinit.shards import Shards
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
 from sylinit.views import ConvView
@@ -100,29 +101,31 @@ def initialize_(
         )
     )
     model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+    shards = processes.together(lambda: Shards(model, processes.ranks))
     snapshot = Snapshot(model, generator)
     succeeded = False
     run: _Pass | None = None
     parked: Offload | None = None
-    try:
-        seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
-        data = read_data(model, batches, processes, seed, custom=forward is not None)
-        plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
-        parked = _offload(offload, plan, len(data.batches))
-        run = _Pass(
-            plan, data, processes, snapshot, _Settings(encoding_weight, variance, rows, solver, progress), parked
-        )
-        run.through(model, forward)
-        succeeded = True
-    except BaseException as error:
-        processes.announce(error)
-        raise
-    finally:
-        if run is not None:
-            run.remove_hooks()
-        if parked is not None:
-            parked.end()
-        snapshot.restore(succeeded=succeeded)
+    with processes.interrupted_together():
+        try:
+            with shards.gathered(snapshot):
+                seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
+                data = read_data(model, batches, processes, seed, custom=forward is not None)
+                plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
+                parked = _offload(offload, plan, len(data.batches))
+                settings = _Settings(encoding_weight, variance, rows, solver, progress)
+                run = _Pass(plan, data, processes, snapshot, settings, parked)
+                run.through(model, forward)
+            succeeded = True
+        except BaseException as error:
+            processes.announce(error)
+            raise
+        finally:
+            if run is not None:
+                run.remove_hooks()
+            if parked is not None:
+                parked.end()
+            snapshot.restore(succeeded=succeeded)
     return Report(
         layers=(*run.records, *run.never_met(), *plan.left_alone),
         samples=data.samples,
@@ -263,6 +266,8 @@ class _Pass:
             raise SylinitError(not_finite(door.name))
         self._snapshot.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
+        if door.selected and rescale_fresh(norm):
+            self._snapshot.keep(norm.weight)
         return LayerReport(door.name, door.kind, "recalibrated", rows=int(sums[0, 0]))
 
     def _matrix(self, door: Door, number: int, waiting: dict[int, Any]) -> LayerReport:
@@ -335,7 +340,7 @@ class _Pass:
             bias = bias if old is None else torch.where(alive.view(-1, 1), bias, old.to(bias))
         self._processes.broadcast_(weight := weight.contiguous())
         self._processes.broadcast_(bias := bias.contiguous())
-        self._snapshot.before_writing(*view.parameters)
+        self._snapshot.keep(*view.parameters)
         try:
             view.write(weight, bias if view.has_bias else None)
         except UnsupportedLayerError as error:

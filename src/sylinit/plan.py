@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
         is_head = view is head_view
         its_code = HEAD if is_head else _with_targets(code_of(view.name), view.name, kind)
         doors.append(Door(view.name, view.module, view, its_code, is_head))
-    _refuse_selected(left, modules, chosen)
+    _refuse(left, modules, chosen)
     if not doors:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialise{': ' + reasons if reasons else ''}")
@@ -223,19 +223,22 @@ def _require_writable(view: View) -> None:
             )
 
 
-def _refuse_selected(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any) -> None:
-    """A quantised layer is an error wherever it is selected, and so is a lazy one: silence would mislead."""
+def _refuse(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any) -> None:
+    """A quantised layer is an error wherever it is selected: silence would mislead. A lazy one always is.
+
+    The pass would give a lazy layer random weights, others in each process, of which a failure could not rid it.
+    """
     for layer in left:
         module = modules.get(layer.name)
-        if module is None or layer.reason.startswith("not selected") or not chosen(layer.name, module):
+        if module is None:
             continue
-        if _quantised(module):
+        if _lazy(module):
+            raise SylinitError(f"layer {layer.name!r} ({layer.kind}): {layer.reason}")
+        if _quantised(module) and not layer.reason.startswith("not selected") and chosen(layer.name, module):
             raise SylinitError(
                 f"layer {layer.name!r} ({layer.kind}) is quantised to integers: {layer.reason}; initialise the model "
                 "before quantising it, or leave this layer out with layers="
             )
-        if _lazy(module):
-            raise SylinitError(f"layer {layer.name!r} ({layer.kind}): {layer.reason}")
 
 
 def _lazy(module: nn.Module) -> bool:

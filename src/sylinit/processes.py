@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sylinit.errors import SylinitError
+from sylinit.interrupts import Held, held_interrupts
 
 T = TypeVar("T")
 
@@ -27,8 +29,25 @@ class Processes:
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
+        self._held: Held | None = None
         self.size = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
+
+    @property
+    def ranks(self) -> list[int]:
+        """The global ranks of the processes."""
+        if self._group is not None:
+            return dist.get_process_group_ranks(self._group)
+        return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]
+
+    @contextmanager
+    def interrupted_together(self) -> Iterator[None]:
+        """Hold Ctrl-C back until the next `agree`, so that it never comes while the others wait for something else."""
+        if self.size == 1:
+            yield
+            return
+        with held_interrupts() as self._held:
+            yield
 
     def agree(self, work: Callable[[], T]) -> list[T]:
         """Do some local work and share its (small) result; if it fails in one process, raise in all.
@@ -45,6 +64,8 @@ class Processes:
         result: Any = None
         try:
             result = work()
+            if self._held is not None:
+                self._held.deliver()
         except BaseException as caught:
             error = caught
         shared: list[Any] = [None] * self.size

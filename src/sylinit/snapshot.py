@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from sylinit.interrupts import held_interrupts
+
 
 class Snapshot:
     """The state of a model and of the random number generators before a pass.
 
-    Buffers are copied at once; they are small. A parameter is copied when it is first to be written (`before_writing`).
+    Buffers and trainable parameters are copied at once, since a forward pass may write into any of them. Training needs
+    as much memory again for the gradients. A frozen parameter is nobody's to write and is not copied.
 
     Args:
         model: the model.
@@ -29,44 +32,41 @@ class Snapshot:
             for module in model.modules()
             for registry in (module._parameters, module._buffers)
         ]
-        self._buffers = [
-            (buffer, buffer.detach().clone())
-            for buffer in model.buffers()
-            if not isinstance(buffer, UninitializedTensorMixin)
+        self._numbers = [
+            (tensor, tensor.detach().clone())
+            for tensor in (*model.buffers(), *(p for p in model.parameters() if p.requires_grad))
+            if not isinstance(tensor, UninitializedTensorMixin)
         ]
-        self._parameters: dict[int, tuple[Tensor, Tensor]] = {}
         self._generator = generator
         self._generator_state = None if generator is None else generator.get_state()
         self._random = _random_states()
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         self._kept: set[int] = set()
 
-    def before_writing(self, *parameters: Tensor) -> None:
-        """Copy parameters that are about to change, once each."""
-        for parameter in parameters:
-            if id(parameter) not in self._parameters:
-                self._parameters[id(parameter)] = (parameter, parameter.detach().clone())
+    def keep(self, *tensors: Tensor) -> None:
+        """Parameters and buffers whose new values are results, to stay when the pass succeeds."""
+        self._kept.update(map(id, tensors))
 
-    def keep(self, *buffers: Tensor) -> None:
-        """Buffers whose new values are results, to stay when the pass succeeds."""
-        self._kept.update(map(id, buffers))
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether a tensor's new values are results."""
+        return id(tensor) in self._kept
 
-    @torch.no_grad()
     def restore(self, *, succeeded: bool) -> None:
         """Put everything back: all of it after a failure; after success all but the results."""
+        with torch.no_grad(), held_interrupts():
+            self._restore(succeeded)
+
+    def _restore(self, succeeded: bool) -> None:
         for module, training in self._modes:
             module.training = training
         for registry, entries in self._registered:
             registry.clear()
             registry.update(entries)
-        for buffer, before in self._buffers:
-            if not (succeeded and id(buffer) in self._kept):
-                buffer.copy_(before)
-        if not succeeded:
-            for parameter, before in self._parameters.values():
-                parameter.copy_(before)
-            if self._generator is not None and self._generator_state is not None:
-                self._generator.set_state(self._generator_state)
+        for tensor, before in self._numbers:
+            if not (succeeded and self.keeps(tensor)):
+                tensor.copy_(before)
+        if not succeeded and self._generator is not None and self._generator_state is not None:
+            self._generator.set_state(self._generator_state)
         _set_random_states(self._random)
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
