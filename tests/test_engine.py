@@ -10,6 +10,8 @@ from torch import nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
+from sylinit import calibrate
+from sylinit.calibrate import LOGIT_DEVIATION, NORM_SCALE
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -78,7 +80,39 @@ def test_units_have_unit_variance_and_zero_mean_and_logits_are_small():
         assert float(variance.max()) < 1.001
         assert float((variance > 0.999).float().mean()) > 0.7  # the others are held by the floor
     assert torch.allclose(logits.mean(0), torch.zeros(()), atol=1e-5)
-    assert float(logits.detach().std(correction=0)) == pytest.approx(0.2, rel=1e-3)
+    assert float(logits.detach().std(correction=0)) == pytest.approx(LOGIT_DEVIATION, rel=1e-3)
+
+
+def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same(monkeypatch):
+    x, y = images()
+    half, whole = small_resnet(), small_resnet()
+    whole.load_state_dict(half.state_dict())
+    report = sylinit.initialize_(half, [(x, y)])
+    monkeypatch.setattr(calibrate, "NORM_SCALE", 1.0)
+    sylinit.initialize_(whole, [(x, y)])
+    norms = [m for m in half.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    for norm in norms:
+        assert torch.equal(norm.weight, torch.full_like(norm.weight, NORM_SCALE))
+    assert torch.allclose(half.eval()(x), whole.eval()(x), atol=1e-2)  # up to the eps of the normalisations
+    assert sum(layer.action == "recalibrated" for layer in report.layers) == len(norms)
+
+
+@pytest.mark.parametrize("started", ["trained", "at zero", "frozen", "not selected"])
+def test_a_normalisation_that_is_not_fresh_keeps_its_scale(started):
+    x, y = images()
+    model = small_resnet()
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    with torch.no_grad():
+        if started == "trained":
+            norm.bias[0] = 0.1
+        elif started == "at zero":
+            norm.weight.zero_()
+    norm.weight.requires_grad_(started != "frozen")
+    before = norm.weight.detach().clone()
+    layers = (lambda name, module: module is not norm) if started == "not selected" else None
+    sylinit.initialize_(model, [(x, y)], layers=layers)
+    assert torch.equal(norm.weight, before)
 
 
 def test_batchnorm_has_the_pooled_statistics_of_its_own_input():

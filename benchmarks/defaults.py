@@ -1,0 +1,103 @@
+"""The scale of logits and of normalisation layers, and lambda, judged after training on held-back images of CIFAR-10.
+
+    python benchmarks/defaults.py DIRECTORY
+
+DIRECTORY holds CIFAR-10 as Parquet files (or is a hub id). 50 images a class, 20 epochs of SGD, one run a setting,
+learning rate and seed; no run sees the test set. Appends to ``benchmarks/results/defaults.jsonl``, goes on from there
+when run again, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from sylinit import calibrate
+from sylinit.study import runner
+from sylinit.study.experiment import Experiment
+from sylinit.study.pool import cores, pool
+from sylinit.study.store import environment
+
+RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
+
+DEFAULTS = {"LOGIT_DEVIATION": 0.5, "NORM_SCALE": 0.5, "encoding_weight": 4.0}
+
+SETTINGS: dict[str, list[dict[str, float]]] = {
+    "resnet20": [{}, {"NORM_SCALE": 1.0}, {"LOGIT_DEVIATION": 0.2}, {"LOGIT_DEVIATION": 1.0}, {"encoding_weight": 1.0}],
+    "cnn": [{}, {"LOGIT_DEVIATION": 0.2}, {"LOGIT_DEVIATION": 1.0}, {"encoding_weight": 1.0}],
+}
+"""What differs from the defaults."""
+
+RATES = {"resnet20": (0.1,), "cnn": (0.01, 0.03)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what differs from the library's defaults, and the experiment."""
+
+    values: tuple[tuple[str, float], ...]
+    experiment: Experiment
+
+    @property
+    def key(self) -> str:
+        """Differs between runs that differ."""
+        return json.dumps([self.values, self.experiment.to_dict()], sort_keys=True)
+
+
+def work(run: Run) -> dict[str, object]:
+    """Train with the constants of the library set to those of the run."""
+    values = {**DEFAULTS, **dict(run.values)}
+    constants = {name: value for name, value in values.items() if name.isupper()}
+    # The function's default was bound when it was defined.
+    logits = mock.patch.object(calibrate.calibrate_logits, "__defaults__", (values["LOGIT_DEVIATION"],))
+    with mock.patch.multiple(calibrate, **constants), logits:
+        return runner.run(run.experiment)
+
+
+def main() -> None:
+    """Run what is missing; print means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    done: dict[str, dict[str, object]] = {}
+    if RESULTS.exists():
+        done = {row["key"]: row["result"] for row in map(json.loads, RESULTS.read_text().splitlines())}
+    runs = []
+    for seed in range(runner.TUNING_SEED, runner.TUNING_SEED + given.seeds):
+        for model, settings in SETTINGS.items():
+            for values in settings:
+                weight = values.get("encoding_weight", DEFAULTS["encoding_weight"])
+                for lr in RATES[model]:
+                    experiment = Experiment(
+                        given.data, model, "sylinit", 50, (("encoding_weight", weight),), lr=lr, seed=seed,
+                        split="validation",
+                    )  # fmt: skip
+                    runs.append(Run(tuple(values.items()), experiment))
+    runner.prepare([run.experiment for run in runs])
+    with pool(cores()) as each, RESULTS.open("a") as file:
+        for run, result in each(work, [run for run in runs if run.key not in done]):
+            if isinstance(result, BaseException):
+                raise result
+            done[run.key] = result
+            file.write(json.dumps({"key": run.key, "result": result, "environment": environment()}) + "\n")
+            file.flush()
+    table = defaultdict(list)
+    for run in runs:
+        table[run.experiment.model, run.experiment.lr, run.values].append(done[run.key])
+    print(f"{'network':10}{'rate':>6}  {'changed':26}{'before':>8}{'after':>8}   each")
+    for (model, lr, values), results in table.items():
+        before, after = ([100 * float(r[name]) for r in results] for name in ("before", "after"))
+        changed = ", ".join(f"{name} {value:g}" for name, value in values) or "nothing"
+        print(
+            f"{model:10}{lr:>6}  {changed:26}{sum(before) / len(before):8.1f}{sum(after) / len(after):8.1f}   "
+            + " ".join(f"{value:.1f}" for value in after)
+        )
+
+
+if __name__ == "__main__":
+    main()
