@@ -220,7 +220,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             for seed, pair in enumerate(zip(row["exact"], row["auto"], strict=True)):
                 before.plot([0, 1], pair, "o-", color=OTHERS[seed % len(OTHERS)])
             before.set_xticks([0, 1], ["exact", "projected"])
-            before.set(xlim=(-0.4, 1.4), ylim=(0, None), ylabel="accuracy before training (%)")
+            before.set(xlim=(-0.4, 1.4), ylim=(0, 1.1 * max(row["exact"] + row["auto"])))
+            before.set_ylabel("accuracy before training (%)")
             before.set_title("one line a seed", fontsize=10)
     for axes in (times, before):
         axes.spines[["top", "right"]].set_visible(False)
