@@ -306,6 +306,21 @@ def test_heads_use_the_features(name: str) -> None:
         assert accuracy(model, x, y) > 0.6
 
 
+def test_the_sylvester_head_is_the_ridge_head_at_another_scale() -> None:
+    x, y = images(count=60, classes=3)
+    model = replace_in(build("cnn", (2, 8, 8), 5), 3)
+    other = copy.deepcopy(model)
+    HEADS["ridge head"](model, x, y, 0)
+    HEADS["sylinit head"](other, x, y, 0)
+    ridge, ours = model(x) - model(x).mean(0), other(x) - other(x).mean(0)
+    torch.testing.assert_close(ours / ours.norm(), ridge / ridge.norm(), atol=1e-4, rtol=0)
+
+
+def replace_in(model: nn.Module, classes: int) -> nn.Module:
+    replace_head(model, classes)
+    return model
+
+
 def test_ridge_head_takes_the_penalty_of_least_left_out_error() -> None:
     """Against leaving one sample out at a time, literally, with centring inside."""
     x, y = vectors(count=24, dim=5)

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from sklearn.isotonic import isotonic_regression
 
 from sylinit.study.statistics import Interval, interval
 from sylinit.study.summary import Row, ranked
 
-OURS = "#D55E00"
-OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#555555", "#7F3C8D", "#000000")
+OURS = ("#D55E00", "#E69F00", "#8C2D04", "#B8860B")
+OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000")
 MARKERS = "osD^vP*Xh<>"
 
 TITLES = {
@@ -29,15 +31,16 @@ SCALES = {"before": 100.0, "after": 100.0, "area": 100.0, "extra_bytes": 1e-6}
 
 
 def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each label: sylinit stands out, the same label looks the same in every figure."""
+    """Colour and marker of each label: sylinit warm and thick, unless there is nothing else to tell it from."""
+    ours = [label for label in labels if label.startswith("sylinit")]
+    warm = ours if len(ours) < len(labels) else ours[:1]
+    cold = [label for label in labels if label not in warm]
     found: dict[str, dict[str, Any]] = {}
-    others = 0
     for index, label in enumerate(labels):
-        if label == "sylinit":
-            found[label] = {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}
-        else:
-            found[label] = {"color": OTHERS[others % len(OTHERS)], "marker": MARKERS[(index + 1) % len(MARKERS)]}
-            others += 1
+        family, place = (OURS, warm.index(label)) if label in warm else (OTHERS, cold.index(label))
+        found[label] = {"color": family[place % len(family)], "marker": MARKERS[index % len(MARKERS)]}
+        if label in warm:
+            found[label] |= {"linewidth": 2.5, "zorder": 3}
     return found
 
 
@@ -86,7 +89,7 @@ def lines(
     log: bool = False,
     ylabel: str | None = None,
 ) -> Figure:
-    """A line a label, named at its right end, with a 95 % band."""
+    """A line a label, named at its right end, with a 95 % band (of two values it would hide all else)."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     scale, looks = SCALES.get(metric, 1.0), style(list(series))
@@ -99,7 +102,8 @@ def lines(
         low, high = ([v + sign * h for v, h in zip(y, halves, strict=True)] for sign in (-1, 1))
         if scale == 100.0:  # an interval may reach beyond what an accuracy can be
             low, high = [max(0.0, v) for v in low], [min(100.0, v) for v in high]
-        axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.12, linewidth=0)
+        if min(value.n for _, value in points) > 2:
+            axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.12, linewidth=0)
         ends.append((y[-1], x[-1], label))
     if log:
         axes.set_xscale("log")
@@ -123,15 +127,14 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str]], looks: Mapping[
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # the layout must be known
     point = axes.figure.dpi / 72
     wanted = [(axes.transData.transform((x, y))[1] / point, x, y, label) for y, x, label in sorted(ends)]
-    placed: list[float] = []
-    for height, *_ in wanted:
-        placed.append(max(height, placed[-1] + 11) if placed else height)
-    shift = sum(p - height for p, (height, *_) in zip(placed, wanted, strict=True)) / len(wanted)
+    # least squares over all heights at least 11 points apart: isotonic regression of what is left of the gaps
+    gaps = 11.0 * np.arange(len(wanted))
+    placed = isotonic_regression(np.array([height for height, *_ in wanted]) - gaps) + gaps
     for p, (height, x, y, label) in zip(placed, wanted, strict=True):
         axes.annotate(
             label,
             (x, y),
-            xytext=(8, p - shift - height - 3),
+            xytext=(8, p - height - 3),
             textcoords="offset points",
             color=looks[label]["color"],
             fontsize=9,

@@ -161,16 +161,19 @@ def random_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     """Leave the new head as PyTorch draws it."""
 
 
-def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: float = 1e-2) -> None:
+def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: float = 0.1) -> None:
     """Train the head alone to convergence (logistic regression by L-BFGS), before everything is trained.
 
+    Features are centred and scaled to unit root mean square, and `penalty` / 2 times the squared weights is added. Of
+    1e-3, 1e-2 and 0.1, and of scaling each feature by itself, this was best on held-back images of CIFAR-10.
+
     Source: Kumar, Raghunathan, Jones, Ma and Liang, *Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution*, ICLR 2022. Features are standardised and `penalty` / 2 times the squared weights is added.
+    Out-of-Distribution*, ICLR 2022.
     """
-    rows = features(model, x)
-    std, mean = torch.std_mean(rows, 0, correction=0)
-    std = std.clamp(min=1e-6)
-    z, head = (rows - mean) / std, _head(model)
+    rows, head = features(model, x), _head(model)
+    mean = rows.mean(0)
+    scale = (rows - mean).square().mean().sqrt().clamp(min=1e-12)
+    z = (rows - mean) / scale
     weight = torch.zeros_like(head.weight).requires_grad_()
     bias = torch.zeros_like(head.bias).requires_grad_()
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -183,45 +186,71 @@ def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: flo
 
     optimiser.step(loss)
     with torch.no_grad():
-        head.weight.copy_(weight / std)
-        head.bias.copy_(bias - (weight / std) @ mean)
+        head.weight.copy_(weight / scale)
+        head.bias.copy_(bias - (weight / scale) @ mean)
 
 
 @torch.no_grad()
-def ridge_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
-    """Ridge regression of the one-hot labels on the features; the penalty of least leave-one-out error.
+def fit_ridge(rows: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor, float]:
+    """Ridge regression of the one-hot labels on rows; the penalty of least leave-one-out error.
 
-    With F = U diag(s) V^T centred, the fit is H Y with H = U diag(s^2 / (s^2 + p)) U^T, and the leave-one-out
+    With X = U diag(s) V^T centred, the fit is H Y with H = U diag(s^2 / (s^2 + p)) U^T, and the leave-one-out
     residual of a sample is its residual over (1 - H_ii - 1/n).
+
+    Args:
+        rows: ``[n, d]``.
+        y: int64 ``[n]``.
+        classes: number of classes.
+
+    Returns:
+        Weight ``[classes, d]`` and bias ``[classes]``, both float64, and the penalty p.
     """
-    head = _head(model)
-    rows = features(model, x).double()
-    targets = F.one_hot(y, head.out_features).double()
+    rows, targets = rows.double(), F.one_hot(y, classes).double()
     mean, centre = rows.mean(0), targets.mean(0)
     u, s, vh = torch.linalg.svd(rows - mean, full_matrices=False)
     projected = u.T @ (targets - centre)
-    best, kept = float("inf"), s
+    best, penalty = float("inf"), 0.0
     for power in torch.linspace(-6, 2, 33).tolist():
-        shrink = s.square() / (s.square() + 10**power * s[0].square())
+        tried = 10**power * s[0].square().item()
+        shrink = s.square() / (s.square() + tried)
         residual = targets - centre - u @ (shrink[:, None] * projected)
         leverage = (u.square() @ shrink) + 1 / len(rows)
         error = (residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().mean().item()
         if error < best:
-            best, kept = error, shrink
-    weight = (vh.T @ ((kept / s.clamp(min=1e-12))[:, None] * projected)).T
+            best, penalty = error, tried
+    weight = (vh.T @ ((s / (s.square() + penalty))[:, None] * projected)).T
+    return weight, centre - weight @ mean, penalty
+
+
+@torch.no_grad()
+def ridge_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+    """A head in closed form: `fit_ridge` on the features."""
+    head = _head(model)
+    weight, bias, _ = fit_ridge(features(model, x), y, head.out_features)
     head.weight.copy_(weight)
-    head.bias.copy_(centre - weight @ mean)
+    head.bias.copy_(bias)
 
 
 def sylinit_part(which: Callable[[nn.Module], list[str]]) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
-    """A start that computes the layers that `which` names and keeps the others as pretrained."""
+    """A start that computes the layers that `which` names, the head among them, and keeps the others as pretrained.
+
+    The head comes last, with its own `encoding_weight`: that of least leave-one-out error. The code of the logits,
+    centred one-hot labels of c balanced classes at the features' mean variance v, has ``S S^T / n = v c / (c - 1)``,
+    so their Sylvester equation is ridge regression with the penalty ``n v c / ((c - 1) lambda)``.
+    """
 
     def start(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
         from sylinit import initialize_
 
         parts = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-        names = which(model)
-        initialize_(model, parts, layers=names, generator=torch.Generator().manual_seed(seed))
+        *inner, head = which(model)
+        if inner:
+            initialize_(model, parts, layers=inner, generator=torch.Generator().manual_seed(seed))
+        rows, classes = features(model, x), _head(model).out_features
+        *_, penalty = fit_ridge(rows, y, classes)
+        variance = rows.double().var(0, correction=0).mean().item()
+        weight = len(rows) * variance * classes / (classes - 1) / penalty
+        initialize_(model, parts, layers=head, encoding_weight=weight, generator=torch.Generator().manual_seed(seed))
 
     return start
 

@@ -83,7 +83,7 @@ def panels(preset: Preset, study: Study) -> list[Panel]:
 def _panel(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
     drawn = _swept(preset, group, title, axis) if preset.axis else _flat(preset, group, title)
     edges = sorted({row.label for row in group if row.at_edge})
-    remark = f"Learning rate at an edge of the grid: {', '.join(edges)}." if edges and preset.axis else ""
+    remark = f"Learning rate at an edge of the grid: {', '.join(edges)}." if edges and not drawn.remarks else ""
     return replace(drawn, remarks=(*drawn.remarks, *filter(None, [remark])))
 
 
@@ -109,6 +109,8 @@ def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
         series.setdefault(replace(row.method, options=options).label, {})[value] = row
     places = sorted({value for points in series.values() for value in points})
     xlabel = {"shots": "labelled examples a class", "lr": "peak learning rate"}.get(axis, axis)
+    if len(places) == 1 and group[0].values("after"):
+        return _flat(preset, group, f"{title}, {xlabel}: {places[0]:g}")
     figures, tables = [], []
     for metric in preset.metrics:
         drawn: dict[str, list[tuple[float, Interval]]] = {
