@@ -102,10 +102,11 @@ def test_random_starts_have_their_variance(name: str, variance: float) -> None:
     assert name.endswith("uniform") == (model[0].weight.abs().max().item() <= math.sqrt(3 * variance) * 1.0001)
 
 
-def test_pca_whitening_decorrelates() -> None:
+@pytest.mark.parametrize("start", ["pca-whitening", "pca-whitening-rescaled"])
+def test_pca_whitening_decorrelates(start: str) -> None:
     x, y = vectors(count=300, dim=12)
     model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
-    apply_start("pca-whitening", model, x, y, 0)
+    apply_start(start, model, x, y, 0)
     out = model[0](x)
     covariance = torch.cov(out.T, correction=0)
     torch.testing.assert_close(covariance / covariance[0, 0], torch.eye(6), atol=1e-3, rtol=0)

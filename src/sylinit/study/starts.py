@@ -61,12 +61,12 @@ def lsuv(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     lsuv_with_singlebatch(model, x[:BATCH], verbose=False, device=x.device)
 
 
-def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
+def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, rescale: bool = False) -> None:
     """Each layer's units are whitened principal components of its input, centred by the bias.
 
     Units beyond the dimension of the input, and the last layer, are Gaussian; all have unit output variance on the
-    calibration data. Then the layers are rescaled against each other (`equal_rates`). Attention projections keep
-    PyTorch's default.
+    calibration data. With `rescale` the layers of a network without normalisation are then rescaled against each
+    other, as in the paper (`equal_rates`). Attention projections keep PyTorch's default.
 
     Source: Krähenbühl, Doersch, Donahue and Darrell, *Data-dependent Initializations of Convolutional Neural Networks*,
     ICLR 2016, sections 3.1 (with their PCA) and 3.2.
@@ -100,7 +100,7 @@ def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
         model.eval()(x[:BATCH])
         for hook in hooks:
             hook.remove()
-        if not norms:
+        if rescale and not norms:
             equal_rates(model, met, x[:100])
     finally:
         model.train(training)
@@ -162,6 +162,7 @@ STARTS: dict[str, Start] = {
     "orthogonal": partial(drawn, draw=nn.init.orthogonal_),
     "lsuv": lsuv,
     "pca-whitening": pca_whitening,
+    "pca-whitening-rescaled": partial(pca_whitening, rescale=True),
     "sylinit": sylinit,
 }
 
