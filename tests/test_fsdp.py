@@ -309,7 +309,10 @@ def test_a_failure_of_one_leaves_every_shard_as_it_was(results, where):
     ("case", "words"),
     [
         ("no group", ["parameter '0.weight'", "ranks [", "expected group=", "pass group="]),
-        ("tensor parallel", ["parameter '0.weight'", "S(0)|Shard(0)", "expected a plain tensor", "before making it parallel"]),
+        (
+            "tensor parallel",
+            ["parameter '0.weight'", "S(0)|Shard(0)", "expected a plain tensor", "before making it parallel"],
+        ),
         ("the first FSDP", ["'(the model itself)'", "FullyShardedDataParallel", "before wrapping", "fully_shard"]),
     ],
 )
