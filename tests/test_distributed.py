@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import math
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,12 @@ def absolute(x: Tensor) -> Tensor:
     return x.abs()[:, :6]
 
 
+def partly_labelled() -> tuple[Tensor, Tensor]:
+    """The last half, which is all that some processes have, is without labels."""
+    x, y = images()
+    return x, torch.where(torch.arange(len(y)) < 28, y, -100)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], dict[str, Any]]] = {
     "everything": (resnet, images(), {"rows": "all"}),
     "sampled": (resnet, images(), {"rows": 100}),
@@ -73,6 +80,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], dict[str,
     "k-means": (mlp, vectors(), {"code": "kmeans", "rows": "all"}),
     "few rows": (wide, vectors(40, 90), {"rows": "all"}),
     "a given code": (mlp, vectors(), {"code": torch.arange(300.0).sin().view(60, 5), "rows": "all"}),
+    "some without labels": (resnet, partly_labelled(), {"rows": "all"}),
     "without labels": (resnet, images(), {"rows": "all", "layers": ["0", "3.conv1"]}),
 }
 
@@ -88,7 +96,17 @@ def run_case(name: str, rank: int, size: int, group: Any, *, uneven: bool = Fals
     return model.state_dict(), [(layer.name, layer.action, layer.rows, layer.solver) for layer in report.layers]
 
 
-def run_failure(name: str, rank: int, size: int, group: Any) -> Any:
+def interrupting(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but Ctrl-C comes when the others have begun."""
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return collective(*args, **kwargs)
+
+    return interrupted
+
+
+def run_failure(name: str, rank: int, size: int, group: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One process fails; returns what was raised here, and whether the model is as it was."""
     last = size - 1
     x, y = images()
@@ -131,6 +149,8 @@ def run_failure(name: str, rank: int, size: int, group: Any) -> Any:
                 raise RuntimeError("broken here")
 
         arguments["progress"] = progress
+    elif name == "interrupted while others wait" and rank == last:
+        monkeypatch.setattr(dist, "all_reduce", interrupting(dist.all_reduce))
     before = copy.deepcopy(model.state_dict())
     raised: tuple[str, str] | None = None
     try:
@@ -147,6 +167,7 @@ FAILURES = {
     "in the model of the first": "RuntimeError",
     "at the end of the model": "RuntimeError",
     "interrupted": "KeyboardInterrupt",
+    "interrupted while others wait": "KeyboardInterrupt",
     "bad data": "SylinitError",
     "no data": "SylinitError",
     "broken iterator": "ZeroDivisionError",
@@ -177,7 +198,8 @@ def work(rank: int, size: int, folder: str) -> None:
         done["uneven"] = run_case("everything", rank, size, group, uneven=True)
         done["wrapped"] = run_case("everything", rank, size, group, uneven=True, wrap=True)
         for name in FAILURES:
-            done[name] = run_failure(name, rank, size, group)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                done[name] = run_failure(name, rank, size, group, monkeypatch)
         done["afterwards"] = run_case("everything", rank, size, group)
     except BaseException:
         done["crash"] = traceback.format_exc()
