@@ -347,6 +347,47 @@ def test_transformer_encoder_layers_are_reached_inside_the_fast_path():
     assert not [layer for layer in report.left_alone if "normalisation" not in layer.reason]
 
 
+class Attention(nn.Module):
+    """Attention that goes on without a mask where the mask is wrong."""
+
+    def __init__(self, batch_first: bool, mask: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).double()
+        self.head = nn.Linear(8, 3).double()
+        self.mask = mask
+        self.met: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x if self.attention.batch_first else x.transpose(0, 1)
+        try:
+            y = self.attention(y, y, y, attn_mask=self.mask)[0]
+        except RuntimeError:
+            y = self.attention(y, y, y)[0]
+        y = y if self.attention.batch_first else y.transpose(0, 1)
+        self.met.append(y)
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", [None, torch.ones(3, 3)])
+def test_attention_is_computed_once_for_its_projection_and_its_output(batch_first, mask, monkeypatch):
+    x, y = torch.randn(40, 5, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64), torch.arange(40) % 3
+    model = Attention(batch_first, mask)
+    whole = copy.deepcopy(model)
+    sylinit.initialize_(whole, [(x, y)], rows="all")
+    attend, calls = torch.nn.functional.softmax, []
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    sylinit.initialize_(model, list(zip(x.split(15), y.split(15), strict=True)), rows="all")
+    assert len(calls) == 3
+    assert torch.allclose(weights(model), weights(whole), atol=1e-8)
+    met = torch.cat(model.met)
+    with torch.no_grad():
+        model.met.clear()
+        model(x)
+    assert torch.allclose(met, model.met[0]), "what the pass went on with is what the finished layer computes"
+    assert torch.allclose(met.flatten(0, 1).mean(0), met.new_zeros(8), atol=1e-6), "the heads' mean was met"
+
+
 def test_constant_inputs_are_left_alone():
     x, y = vectors()
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))

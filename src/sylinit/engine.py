@@ -27,7 +27,7 @@ from sylinit.routes import Problem
 from sylinit.shards import Shards
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
-from sylinit.views import ConvView
+from sylinit.views import AttentionOutputView, ConvView
 
 Rows = int | Literal["all"] | None
 
@@ -186,6 +186,10 @@ class _Pass:
             doors.setdefault(door.module, []).append(number)
         for module, numbers in doors.items():
             self._hooks.append(module.register_forward_pre_hook(self._hook(numbers), with_kwargs=True))
+            for number in numbers:
+                view = self._plan.doors[number].view
+                if isinstance(view, AttentionOutputView):
+                    self._hooks.append(module.register_forward_hook(self._hook_behind(number, view), always_call=True))
         torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
         model.eval()
 
@@ -216,10 +220,23 @@ class _Pass:
     def _hook(self, numbers: list[int]) -> Callable[..., None]:
         def meet(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for number in numbers:
-                if number not in self._settled:  # a second call of a shared module finds it done
-                    view = self._plan.doors[number].view
+                if number in self._settled:  # by an earlier call of a shared module
+                    continue
+                view = self._plan.doors[number].view
+                if isinstance(view, AttentionOutputView):
+                    view.strip()  # last, and met behind the module: no lane waits in between
+                else:
                     x = view.input(args, kwargs) if view else (args[0] if args else kwargs["input"])
                     self._lanes.meet(number, x)
+
+        return meet
+
+    def _hook_behind(self, number: int, view: AttentionOutputView) -> Callable[..., Any]:
+        def meet(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not view.dress() or output is None:  # settled before, or the forward has failed
+                return None
+            self._lanes.meet(number, view.heads(output))
+            return view.project(output)
 
         return meet
 

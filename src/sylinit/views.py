@@ -338,30 +338,51 @@ class AttentionInputView(View):
 
 
 class AttentionOutputView(View):
-    """``out_proj`` of `torch.nn.MultiheadAttention`, whose forward is never called as a module."""
+    """``out_proj`` of `torch.nn.MultiheadAttention`, whose forward is never called as a module.
+
+    Its input, the concatenated heads, is the module's own output with the identity for ``out_proj`` meanwhile. So
+    masks, added keys and whatever else the module was called with hold by themselves. Inside a pass, `strip` before the
+    module's forward and `dress` after it make one computation of attention serve both the heads and the output.
+    """
 
     module: Any
 
     def __init__(self, module: nn.MultiheadAttention, name: str) -> None:
         super().__init__(module, f"{name}.out_proj".lstrip("."), owner=module.out_proj)
+        self._kept: dict[str, Tensor | None] | None = None
 
     @torch.no_grad()
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The concatenated heads: the module's own output with the identity for ``out_proj`` meanwhile.
-
-        So masks, added keys and whatever else the module was called with hold by themselves.
-        """
-        held = self._owner._parameters
-        kept = dict(held)
-        weight = self._owner.weight
+        """The concatenated heads, by a forward of their own."""
+        self.strip()
         try:
-            held["weight"] = nn.Parameter(torch.eye(self.dim, dtype=weight.dtype, device=weight.device))
-            if self.has_bias:
-                held["bias"] = nn.Parameter(torch.zeros_like(self._owner.bias))
-            heads = self.module.forward(*args, **kwargs)[0]
+            output = self.module.forward(*args, **kwargs)
         finally:
-            held.update(kept)
-        return _batch_first(self.module, heads)
+            self.dress()
+        return self.heads(output)
+
+    @torch.no_grad()
+    def strip(self) -> None:
+        """Put the identity in the place of ``out_proj``."""
+        held = self._owner._parameters
+        self._kept = dict(held)
+        held["weight"] = nn.Parameter(torch.eye(self.dim, dtype=held["weight"].dtype, device=held["weight"].device))
+        if self.has_bias:
+            held["bias"] = nn.Parameter(torch.zeros_like(held["bias"]))
+
+    def dress(self) -> bool:
+        """Put ``out_proj`` back; whether it was away."""
+        kept, self._kept = self._kept, None
+        self._owner._parameters.update(kept or {})
+        return kept is not None
+
+    def heads(self, output: Any) -> Tensor:
+        """The concatenated heads, batch first, from the output of the stripped module."""
+        return _batch_first(self.module, output[0])
+
+    def project(self, output: Any) -> Any:
+        """The output of the module as it is now, from that of the stripped module."""
+        return nn.functional.linear(output[0], self._owner.weight, self._owner.bias), *output[1:]
 
 
 def _batch_first(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
