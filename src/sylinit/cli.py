@@ -267,7 +267,9 @@ def study(
         return
     for number, panel in enumerate(panels(chosen, _run(plan, path))):
         for grid in panel.tables:
-            table = Table(title=f"{panel.title}: {grid.caption}", title_justify="left")
+            # not as the table's title, which would be folded to the width of a narrow table
+            console.print(f"{panel.title}: {grid.caption}", style="italic", highlight=False, markup=False)
+            table = Table()
             for place, name in enumerate(grid.header):
                 table.add_column(name, justify="right" if place else "left", no_wrap=not place)
             for cells in grid.cells:

@@ -23,12 +23,12 @@ from sylinit.study.store import Store
 from sylinit.study.summary import Row, ranked, rows, verdict
 
 DERIVED = {
-    ("sylinit", "depth"): "1: one pass, every layer costs alike",
-    ("sylinit", "width"): "2 to 3: passes and moments n d^2, solves d^3",
-    ("sylinit", "samples"): "0 to 1: passes and moments grow with n, solves do not",
-    ("lsuv", "depth"): "2: passes over the whole network for each layer",
-    ("lsuv", "width"): "2 to 3: passes n d^2, orthogonal matrices d^3",
-    ("lsuv", "samples"): "0: one batch of at most 500",
+    ("sylinit", "depth"): "1",  # one pass, every layer costs alike
+    ("sylinit", "width"): "2 to 3",  # passes and moments n d^2, solves d^3
+    ("sylinit", "samples"): "0 to 1",  # passes and moments grow with n, solves do not
+    ("lsuv", "depth"): "2",  # passes over the whole network for each layer
+    ("lsuv", "width"): "2 to 3",  # passes n d^2, orthogonal matrices d^3
+    ("lsuv", "samples"): "0 from 500",  # one batch of at most 500
 }
 """Exponents of the cost that the operation counts give, by start and size."""
 
