@@ -207,7 +207,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         kind, size = row["case"].split("-")
         names.append(f"{'exact, SciPy' if kind == 'scipy' else 'projected, exact'}\n{size.replace('x', ' x ')}")
         times.plot([row["fast_seconds"], row["slow_seconds"]], [place, place], color="#BBBBBB", zorder=1)
-        times.plot(row["fast_seconds"], place, "o", color=OURS)
+        times.plot(row["fast_seconds"], place, "o", color=OURS[0])
         times.plot(row["slow_seconds"], place, "s", color=OTHERS[0])
         middle = (row["fast_seconds"] * row["slow_seconds"]) ** 0.5
         times.annotate(
