@@ -168,10 +168,11 @@ def main() -> None:
         if len({run["checksum"] for row in (plain, moved) for run in row["runs"]}) != 1:
             raise SystemExit("offloading or a rerun changed the weights")
     few, many = (results.rows[f"{count}-plain"] for count in (given.images[0], given.images[-1]))
-    growth = many["beyond"] / few["beyond"] - 1
+    more = many["beyond"] - few["beyond"]
     print(
-        f"{given.images[-1] / given.images[0]:g} times the images: {100 * growth:+.1f} % more memory "
-        "beyond the live activations (at most 10 %)"
+        f"{given.images[-1] / given.images[0]:g} times the images: {more / 1e6:+.1f} MB beyond the live activations, "
+        f"{100 * more / few['beyond']:+.0f} % of what the initialisation itself needs (at most 10 %), "
+        f"{100 * more / many['grown']:.1f} % of the peak"
     )
     draw(results.rows)
 

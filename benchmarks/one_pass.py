@@ -175,10 +175,11 @@ def draw(rows: dict[str, dict[str, Any]]) -> None:
             )
         place.plot(list(points), [rows[n]["ratio"] for n in points.values()], "-o", color="#D55E00", label="median")
         place.axhline(1, color="#555555", lw=1, ls="--")
-        place.set(xlabel=title, xscale="log", ylim=(0, None))
+        place.set(xlabel=title, xscale="log")
         place.set_xticks(list(names), [f"{value:,}" for value in names])
         place.minorticks_off()
         place.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=0)  # shared, and only now that all is drawn
     axes[0].set_ylabel("cost in forward passes")
     axes[0].annotate("one forward pass", (0.03, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes[-1].legend(frameon=False)
