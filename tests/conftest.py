@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 
 settings.register_profile("sylinit", deadline=None, max_examples=30)
 settings.load_profile("sylinit")
+
+# A shell starts background jobs with Ctrl-C ignored, which they and their children inherit; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def images(count: int = 60, classes: int = 3, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
