@@ -62,6 +62,18 @@ def test_the_weights_are_bit_for_bit_the_same():
     assert "offloaded" in str(report)
 
 
+def test_an_operation_may_read_several_lanes_at_once():
+    """The rows of a 1x1 convolution and of a linear layer are the activations themselves; few of them are joined."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.Flatten(), nn.Linear(8 * 64, 3))
+    moved = copy.deepcopy(plain)
+    for code in ("mixed", "random"):
+        initialize_(plain, batches(), code=code)
+        initialize_(moved, batches(), code=code, offload="disk")
+        for one, other in zip(plain.parameters(), moved.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_what_outlives_a_failure_is_whole():
     plain, moved = Remembering(), Remembering()
     moved.load_state_dict(plain.state_dict())
@@ -78,9 +90,9 @@ def test_the_device_holds_one_lanes_activations(monkeypatch):
     most = 0
     need = Offload.need
 
-    def counting(self, storage):
+    def counting(self, storages):
         nonlocal most
-        need(self, storage)
+        need(self, storages)
         here = {page.lane for page in self._pages.values() if page.here and page.storage() is not None}
         most = max(most, len(here))
 

@@ -21,7 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sylinit.eigh import robust_eigh
 from sylinit.errors import SylinitError
+from sylinit.subspace import row_space
 
 NULL = 1e-10
 """A principal axis whose variance is below this share of the largest carries rounding, not data."""
@@ -227,7 +229,7 @@ FEW_DIRECTIONS = 5
 
 def target_units(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
     """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank."""
-    values, vectors = torch.linalg.eigh(axes.tt)
+    values, vectors = robust_eigh(axes.tt)
     keep = values > values[-1].clamp(min=0) * NULL
     white = vectors[:, keep] * values[keep].rsqrt()
     return orthogonal_rows(count, int(keep.sum()), generator, axes.tt) @ white.T
@@ -296,7 +298,7 @@ def lda(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     """
     white = whitening(axes.variances)
     # In white axes within + between = I, so the discriminants are the left singular vectors of the cross-covariance.
-    values, vectors = torch.linalg.eigh(axes.tt)
+    values, vectors = robust_eigh(axes.tt)
     keep = values > values[-1].clamp(min=0) * NULL
     cross = white.unsqueeze(2) * axes.xt @ (vectors[:, keep] * values[keep].rsqrt())
     left, strength, _ = torch.linalg.svd(cross, full_matrices=False)
@@ -406,7 +408,7 @@ def fill(s: Tensor, units: int, generator: torch.Generator) -> Tensor:
     missing = units - int((~repeated).sum())
     if not missing:
         return s
-    values, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(s)))
+    values, vectors = robust_eigh(centred.T @ centred / max(1, len(s)))
     keep = values > values[-1].clamp(min=0) * NULL
     white = centred @ (vectors[:, keep] * values[keep].rsqrt())
     mixture = white @ orthogonal_rows(missing, int(keep.sum()), generator, s).T
@@ -497,9 +499,15 @@ def given(s: Tensor) -> Code:
 
 
 def _white_rows(x: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    keep = values > values[-1] * NULL
-    return (x @ (vectors[:, keep] * (values[keep] + 1e-3 * values[-1]).rsqrt())).flip(1)
+    """Centred rows in their principal axes, largest variance first, each but the faintest of variance one."""
+    if len(x) < x.shape[1]:
+        _, coordinates = row_space(x)
+        values = coordinates.square().mean(0)
+    else:
+        values, vectors = robust_eigh(x.T @ x / len(x))
+        keep = values > values[-1] * NULL
+        values, coordinates = values[keep].flip(0), (x @ vectors[:, keep]).flip(1)
+    return coordinates * (values + 1e-3 * values[:1]).rsqrt()
 
 
 def _quietly(model: Any, x: Tensor) -> Any:

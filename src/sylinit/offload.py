@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Offload:
         self._folder = tempfile.TemporaryDirectory(prefix="sylinit-") if to == "disk" else None
         self._pages: dict[int, _Page] = {}
         self._lane: int | None = None
-        self._guest: int | None = None
+        self._guests: set[int] = set()
         self._away = 0
 
     @contextmanager
@@ -95,19 +95,20 @@ class Offload:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def need(self, storage: UntypedStorage) -> None:
-        """Bring a storage back because something reads it."""
-        page = self._page(storage)
-        if page is None or page.here:
+    def need(self, storages: Collection[UntypedStorage]) -> None:
+        """Bring back what one operation reads; it may read activations of several lanes at once."""
+        pages = [page for page in map(self._page, storages) if page is not None and not page.here]
+        if not pages:
             return
-        if self._lane is not None:  # lanes share it through the model: it stays from now on
-            self._fetch(page)
-            del self._pages[storage._cdata]
+        if self._lane is not None:  # lanes share them through the model: they stay from now on
+            for page in pages:
+                self._fetch(page)
+            self._pages = {key: page for key, page in self._pages.items() if page not in pages}
             return
-        if self._guest != page.lane:
-            self._dismiss()
-            self._guest = page.lane
-        self._fetch(page, keep=True)
+        self._dismiss(all_but={page.lane for page in map(self._page, storages) if page is not None})
+        for page in pages:
+            self._guests.add(page.lane)
+            self._fetch(page, keep=True)
 
     def made(self, storage: UntypedStorage) -> None:
         """Note that the running lane has allocated a storage."""
@@ -123,11 +124,11 @@ class Offload:
     def _of(self, lane: int) -> list[_Page]:
         return [page for page in self._pages.values() if page.lane == lane]
 
-    def _dismiss(self) -> None:
-        """Send the guest away again."""
-        if self._guest is not None:
-            self._send(self._guest)
-            self._guest = None
+    def _dismiss(self, all_but: Collection[int] = ()) -> None:
+        """Send the guests away again."""
+        for lane in self._guests.difference(all_but):
+            self._send(lane)
+            self._guests.remove(lane)
 
     @_disable_current_modes()
     def _send(self, lane: int) -> None:
@@ -176,8 +177,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = _storages((args, kwargs))
-        for storage in read.values():
-            self._offload.need(storage)
+        self._offload.need(read.values())
         result = func(*args, **kwargs)
         for key, storage in _storages(result).items():
             if key not in read:  # not a view, not in place
