@@ -83,8 +83,7 @@ def correlate(view: ConvView, x: Tensor, targets: Tensor) -> Moments:
     images, windows = view.images(x), _windows(view, x)
     taps, channels = len(windows.taps), view.channels
     first = images.new_zeros(taps, view.groups, channels, 1 + targets.shape[1], dtype=torch.float64)
-    xx = images.new_zeros(view.groups, channels, taps, channels, taps, dtype=torch.float64)
-    second = xx.permute(2, 4, 0, 1, 3)
+    second = images.new_zeros(taps, taps, view.groups, channels, channels, dtype=torch.float64)
     shared = torch.cat([targets.new_ones(len(targets), 1), targets], 1)  # [1, t]
     strips = [(strip, windows.signs(strip)) for strip in windows.strips]
     offsets = windows.pairs.items()
@@ -103,13 +102,14 @@ def correlate(view: ConvView, x: Tensor, targets: Tensor) -> Moments:
                         second[a, b] += signs[a] * block
     for a, b in combinations(range(taps), 2):
         second[b, a] = second[a, b].mT
+    xx = second.permute(2, 3, 0, 4, 1)  # [g, channels, taps, channels, taps], as the weight is laid out
     first = first.permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
     places = math.prod(view.places(x))
     return Moments(
         count=first.new_tensor(len(images) * places),
         sum_x=first[:, :, 0],
         sum_t=places * targets.sum(0),
-        xx=xx.view(view.groups, view.dim, view.dim),
+        xx=xx.reshape(view.groups, view.dim, view.dim),
         xt=first[:, :, 1:],
         tt=places * (targets.T @ targets),
     )
