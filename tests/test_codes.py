@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
-from sylinit.codes import CODES, Axes, fill, orthogonal_rows
+from sylinit.codes import CODES, Axes, fill, orthogonal_rows, target_units
 from sylinit.errors import SylinitError
 
 NAMES = ["pca", "label", "mixed", "lda", "random", "random_projection", "kmeans", "ica", "nmf"]
@@ -302,3 +302,17 @@ def test_orthogonal_rows(count, dim):
     for start in range(0, count, max(dim, 1)):
         block = rows[start : start + dim]
         torch.testing.assert_close(block @ block.T, torch.eye(len(block)).double(), rtol=0, atol=1e-12)
+
+
+def test_label_directions_of_balanced_classes_do_not_depend_on_rounding():
+    """Balanced classes vary equally in all directions, so their principal axes turn with the last digit."""
+    classes = 5
+    tt = torch.eye(classes, dtype=torch.float64) / classes - 1 / classes**2
+    noise = 1e-15 * torch.randn(classes, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for covariance in (tt, tt + noise + noise.T):
+        axes = Axes(torch.eye(3)[None], torch.ones(1, 3).double(), torch.zeros(1, 3, classes).double(), covariance)
+        found.append(target_units(axes, 10, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    code = found[0][: classes - 1] @ tt @ found[0][: classes - 1].T
+    torch.testing.assert_close(code, torch.eye(classes - 1, dtype=torch.float64), rtol=0, atol=1e-9)

@@ -57,7 +57,7 @@ def test_correlations_are_the_moments_of_the_patches(ndim: int, mode: str, paddi
     for kernel, dilation in ((3, 1), (2, 2), ((3, 1, 2)[:ndim], 1), (1, 1)):
         view = the_view(CONVS[ndim](4, 4, kernel, padding=padding, padding_mode=mode, dilation=dilation, groups=groups))
         x, t = torch.randn(3, 4, *SIZES[:ndim]), torch.randn(3, 2)
-        same(correlate(view, x, t.double()), dense(view, x, t))
+        same(correlate(view, [(x, t)]), dense(view, x, t))
 
 
 @given(
@@ -71,7 +71,7 @@ def test_any_kernel_on_any_image(kernel: Any, dilation: Any, padding: Any, size:
         return  # the kernel does not fit
     view = the_view(nn.Conv2d(2, 2, kernel, padding=padding, dilation=dilation))
     x, t = torch.randn(2, 2, *size), torch.randn(2, 1)
-    same(correlate(view, x, t.double()), dense(view, x, t))
+    same(correlate(view, [(x, t)]), dense(view, x, t))
 
 
 MODULES = {
@@ -92,20 +92,40 @@ def test_moments_of_any_view_in_any_cut(kind: str, targets: bool, monkeypatch: p
     t = torch.randn(samples, 3 if targets else 0)
     for chunk in (1, 700, 1 << 20):
         monkeypatch.setattr(correlation, "CHUNK", chunk)
-        same(patch_moments(view, x, t if targets else None), dense(view, x, t))
+        same(patch_moments(view, [(x, t)]), dense(view, x, t))
 
 
 def test_halves_add_up() -> None:
     view, x, t = the_view(nn.Conv2d(4, 4, 3)), torch.randn(6, 4, 8, 8), torch.randn(6, 2)
-    halves = patch_moments(view, x[:2], t[:2]).merge(patch_moments(view, x[2:], t[2:]))
-    same(halves, patch_moments(view, x, t))
+    halves = patch_moments(view, [(x[:2], t[:2])]).merge(patch_moments(view, [(x[2:], t[2:])]))
+    same(halves, patch_moments(view, [(x, t)]))
+
+
+def test_batches_of_any_sizes_add_up() -> None:
+    """Large images are correlated, tiny ones are not; their sums are those of all patches."""
+    view = the_view(nn.Conv2d(4, 4, 3, padding=1))
+    inputs = [(torch.randn(3, 4, *size), torch.randn(3, 2)) for size in ((8, 8), (1, 2), (9, 6))]
+    assert [pays(view, x) for x, _ in inputs] == [True, False, True]
+    together, apart = patch_moments(view, inputs).covariance(), [dense(view, x, t) for x, t in inputs]
+    one_by_one = apart[0].merge(apart[1]).merge(apart[2]).covariance()
+    for field in ("mean_x", "mean_t", "xx", "xt", "tt"):
+        torch.testing.assert_close(getattr(together, field), getattr(one_by_one, field), rtol=1e-12, atol=1e-12)
+
+
+def test_single_precision_is_as_good_as_its_rounding() -> None:
+    view, x, t = the_view(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(6, 4, 8, 8), torch.randn(6, 2)
+    single, double = patch_moments(view, [(x, t)], torch.float32), patch_moments(view, [(x, t)])
+    assert single.xx.dtype == torch.float32
+    torch.testing.assert_close(single.xx.double(), double.xx, rtol=1e-5, atol=1e-4)
+    for field in ("count", "sum_x", "sum_t", "xt", "tt"):
+        torch.testing.assert_close(getattr(single, field), getattr(double, field), rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_is_summed_in_double_precision() -> None:
     view, t = the_view(nn.Conv2d(4, 4, 3, padding=1).half()), torch.randn(40, 2)
     x = (300 * torch.rand(40, 4, 8, 8)).half()
     assert pays(view, x)
-    same(patch_moments(view, x, t), dense(view, x, t))
+    same(patch_moments(view, [(x, t)]), dense(view, x, t))
 
 
 class Largest(TorchDispatchMode):
@@ -123,8 +143,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
+def correlated(view: Any, x: Tensor, t: Tensor) -> None:
+    correlate(view, [(x, t)])
+
+
+def streamed(view: Any, x: Tensor, t: Tensor) -> None:
+    stream(Moments.zeros(view.groups, view.dim, t.shape[1]), view, x, t)
+
+
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
-@pytest.mark.parametrize("way", [correlate, lambda view, x, t: stream(view, x, t, 64)])
+@pytest.mark.parametrize("way", [correlated, streamed])
 def test_memory_does_not_grow_with_the_samples(way: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correlation, "CHUNK", 4000)
     view = the_view(nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sylinit.codes import CODES
 from sylinit.projected import solve_projected
 from sylinit.routes import projected_pays, subspace_rank
 from sylinit.subspace import Subspace, principal_subspace, row_space
@@ -159,11 +160,13 @@ def test_projected_solution_of_nothing_is_nothing():
 
 
 def test_the_projected_route_pays_for_few_components_of_many_dimensions():
-    assert projected_pays(4608, 384)
-    assert projected_pays(2304, 384)
-    assert projected_pays(600, 48)
-    assert not projected_pays(144, 12), "small"
-    assert not projected_pays(1024, 1024), "as many components as dimensions"
+    mixed, lda = CODES["mixed"], CODES["lda"]
+    assert projected_pays(mixed, 512, 4608)
+    assert projected_pays(mixed, 512, 2304)
+    assert projected_pays(mixed, 64, 600)
+    assert not projected_pays(mixed, 16, 144), "small"
+    assert not projected_pays(mixed, 1365, 1024), "as many components as dimensions"
+    assert not projected_pays(lda, 512, 4608), "a code that reads weak axes"
 
 
 VGG = """

@@ -84,7 +84,7 @@ def calibrate_regression(weight: Tensor, cov: Covariance) -> Calibrated:
 
 def output_variance(weight: Tensor, cov: Covariance) -> Tensor:
     """Output variance of each unit, ``diag(W Cov W^T)``, shape ``[g, k]``."""
-    return (weight @ cov.xx * weight).sum(2).clamp(min=0)
+    return ((weight.to(cov.xx) @ cov.xx) * weight).sum(2).clamp(min=0)
 
 
 def keeps_statistics(module: nn.Module) -> bool:

@@ -228,11 +228,23 @@ FEW_DIRECTIONS = 5
 
 
 def target_units(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank."""
+    """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank.
+
+    Balanced classes have equal variances in every direction, and which eigenvectors such a target has is a matter of
+    rounding. So these are used only in sums that do not depend on it: a projector and a symmetric square root.
+    """
     values, vectors = robust_eigh(axes.tt)
     keep = values > values[-1].clamp(min=0) * NULL
-    white = vectors[:, keep] * values[keep].rsqrt()
-    return orthogonal_rows(count, int(keep.sum()), generator, axes.tt) @ white.T
+    kept, dim, rank = vectors[:, keep], len(values), int(keep.sum())
+    if not rank:
+        return axes.tt.new_zeros(count, dim)
+    blocks = []
+    for start in range(0, count, rank):
+        draw = torch.randn(dim, rank, dtype=torch.float64, generator=generator).to(kept)
+        q, r = torch.linalg.qr(kept @ (kept.T @ draw))
+        blocks.append((q * r.diagonal().sign()).T[: count - start])
+    whiten = (kept * values[keep].rsqrt()) @ kept.T
+    return torch.cat(blocks) @ whiten if blocks else axes.tt.new_zeros(0, dim)
 
 
 def told_apart(axes: Axes, is_label: Tensor, generator: torch.Generator) -> Tensor:

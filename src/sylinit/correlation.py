@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, product
 from typing import Any
@@ -34,84 +35,101 @@ Strip = tuple[int | slice, ...]
 
 ALL = slice(None)
 
+ROOM = 1.15
+"""Zeros around images are worth it up to this many times their pixels."""
+
 
 @torch.no_grad()
-def patch_moments(view: View, x: Any, targets: Tensor | None = None) -> Moments:
+def patch_moments(view: View, inputs: Sequence[tuple[Any, Tensor]], dtype: torch.dtype = torch.float64) -> Moments:
     """The moments of all rows of a view, in memory that does not grow with their number.
 
     Args:
         view: of any layer; convolutions go the short way where it `pays`.
-        x: what `View.input` returned.
-        targets: ``[samples, c]``, shared by all positions of a sample.
+        inputs: what `View.input` returned, and ``[samples, c]`` targets that all positions of a sample share; at least
+            one pair.
+        dtype: in which products are formed and summed.
 
     Returns:
-        The moments of ``[1, x, t]``, exact to float64 rounding.
+        The moments of ``[1, x, t]``, exact to rounding.
     """
-    samples, positions = view.positions(x)
-    if targets is None:
-        targets = torch.zeros(samples, 0, device=(x[0] if isinstance(x, tuple) else x).device)
-    if isinstance(view, ConvView) and pays(view, x):
-        return correlate(view, x, targets.double())
-    return stream(view, x, targets, math.prod(positions))
+    short = [pays(view, x) for x, _ in inputs]
+    sums = Moments.zeros(view.groups, view.dim, inputs[0][1].shape[1], inputs[0][1].device, dtype)
+    if any(short):
+        assert isinstance(view, ConvView)
+        sums = correlate(view, [pair for pair, correlated in zip(inputs, short, strict=True) if correlated], dtype)
+    for (x, t), correlated in zip(inputs, short, strict=True):
+        if not correlated:
+            stream(sums, view, x, t)
+    return sums
 
 
-def pays(view: ConvView, x: Any) -> bool:
-    """Whether `correlate` serves a convolution, and in less time than `stream`.
+def pays(view: View, x: Any) -> bool:
+    """Whether `correlate` serves a layer, and in less time than `stream`.
 
     Measured on a CPU, 1 to 512 channels: 1.2 to 8 times faster, except for tiny images, which are mostly rim, and for
     kernels of very many taps, whose many small products take longer than one large one.
     """
-    conv = view.module
-    if isinstance(view, ConvTransposeView) or set(conv.stride) != {1}:
+    if not isinstance(view, ConvView) or isinstance(view, ConvTransposeView) or set(view.module.stride) != {1}:
         return False
     windows = _windows(view, x)
     return len(windows.taps) <= 32 and math.prod(windows.room) <= 3 * math.prod(windows.places)
 
 
-def stream(view: View, x: Any, targets: Tensor, positions: int) -> Moments:
-    """The moments of all rows, from some rows at a time."""
-    sums = Moments.zeros(view.groups, view.dim, targets.shape[1], targets.device)
+def share_for_all(view: ConvView) -> float:
+    """The share of the rows whose products take as many operations as `correlate` needs for all of them."""
+    kernel = view.module.kernel_size
+    offsets = (math.prod(2 * size - 1 for size in kernel) + 1) / 2
+    return 2 * offsets / math.prod(kernel) ** 2
+
+
+def stream(sums: Moments, view: View, x: Any, targets: Tensor) -> None:
+    """Add all rows, some at a time."""
+    positions = math.prod(view.positions(x)[1])
     total, step = len(targets) * positions, max(1, CHUNK // (view.groups * view.dim))
     for start in range(0, total, step):
         index = torch.arange(start, min(start + step, total), device=targets.device)
         sums.update(view.rows(x, index), targets[index // positions])
-    return sums
 
 
-def correlate(view: ConvView, x: Tensor, targets: Tensor) -> Moments:
+def correlate(view: ConvView, inputs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64) -> Moments:
     """The moments of all patches at stride 1, from the correlations of the input with itself."""
-    images, windows = view.images(x), _windows(view, x)
-    taps, channels = len(windows.taps), view.channels
-    first = images.new_zeros(taps, view.groups, channels, 1 + targets.shape[1], dtype=torch.float64)
-    second = images.new_zeros(taps, taps, view.groups, channels, channels, dtype=torch.float64)
-    shared = torch.cat([targets.new_ones(len(targets), 1), targets], 1)  # [1, t]
-    strips = [(strip, windows.signs(strip)) for strip in windows.strips]
-    offsets = windows.pairs.items()
-    step = max(1, CHUNK // (images.shape[1] * math.prod(windows.room)))
-    for start in range(0, len(images), step):
-        field = _Field(_padded(view, images[start : start + step]), view.groups, windows)
-        for strip, signs in strips:
-            part = field.sums(strip).mT @ shared[start : start + step]
-            for tap, sign in signs.items():
-                first[tap] += sign * part
-            for offset, pairs in offsets:
-                mine = [(a, b) for a, b in pairs if a in signs]
-                if mine and windows.meets(strip, offset):
-                    block = field.correlation(strip, offset)
-                    for a, b in mine:
-                        second[a, b] += signs[a] * block
+    like = inputs[0][0].new_empty(0, dtype=torch.float64)
+    taps, channels, width = math.prod(view.module.kernel_size), view.channels, inputs[0][1].shape[1]
+    first = like.new_zeros(taps, view.groups, channels, 1 + width)
+    second = like.new_zeros(taps, taps, view.groups, channels, channels, dtype=dtype)
+    count, sum_t, tt = like.new_zeros(()), like.new_zeros(width), like.new_zeros(width, width)
+    for x, targets in inputs:
+        images, windows, targets = view.images(x), _windows(view, x), targets.double()
+        shared = torch.cat([targets.new_ones(len(targets), 1), targets], 1)  # [1, t]
+        strips = [(strip, windows.signs(strip)) for strip in windows.strips]
+        offsets = windows.pairs.items()
+        step = max(1, CHUNK // (images.shape[1] * math.prod(windows.room)))
+        for start in range(0, len(images), step):
+            field = _Field(_padded(view, images[start : start + step]), view.groups, windows, dtype)
+            for strip, signs in strips:
+                part = field.sums(strip).mT @ shared[start : start + step]
+                for tap, sign in signs.items():
+                    first[tap] += sign * part
+                for offset, pairs in offsets:
+                    mine = [(a, b) for a, b in pairs if a in signs]
+                    if mine and windows.meets(strip, offset):
+                        block = field.correlation(strip, offset)
+                        for a, b in mine:
+                            second[a, b].add_(block, alpha=signs[a])
+        places = math.prod(view.places(x))
+        count += len(images) * places
+        sum_t += places * targets.sum(0)
+        tt += places * (targets.T @ targets)
     for a, b in combinations(range(taps), 2):
         second[b, a] = second[a, b].mT
-    xx = second.permute(2, 3, 0, 4, 1)  # [g, channels, taps, channels, taps], as the weight is laid out
     first = first.permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
-    places = math.prod(view.places(x))
     return Moments(
-        count=first.new_tensor(len(images) * places),
+        count=count,
         sum_x=first[:, :, 0],
-        sum_t=places * targets.sum(0),
-        xx=xx.reshape(view.groups, view.dim, view.dim),
+        sum_t=sum_t,
+        xx=second.permute(2, 3, 0, 4, 1).reshape(view.groups, view.dim, view.dim),  # as the weight is laid out
         xt=first[:, :, 1:],
-        tt=places * (targets.T @ targets),
+        tt=tt,
     )
 
 
@@ -177,38 +195,55 @@ class _Windows:
 
 
 class _Field:
-    """Some images in float64 as one long line of pixels ``[g, n, channels]``, with zeros where a shift may lead.
+    """Some images as one long line of pixels ``[g, n, channels]``.
 
-    A shift of all images is then a shift along the line: both factors of a correlation are views of the same memory.
+    Large images get zeros where a shift may lead, so that a shift of all images is a shift along the line, and both
+    factors of a correlation are views of the same memory. In small images such zeros would be much of the work: there
+    the pixels that meet are copied out instead.
     """
 
-    def __init__(self, images: Tensor, groups: int, windows: _Windows) -> None:
-        shape = (len(images), *windows.room)
-        self._steps = [math.prod(shape[axis + 2 :]) for axis in range(len(windows.room))]
+    def __init__(self, images: Tensor, groups: int, windows: _Windows, dtype: torch.dtype) -> None:
+        self._sizes = windows.sizes
+        self._roomy = math.prod(windows.room) <= ROOM * math.prod(windows.sizes)
+        shape = (len(images), *(windows.room if self._roomy else windows.sizes))
+        self._steps = [math.prod(shape[axis + 2 :]) for axis in range(len(windows.sizes))]
         self._shape = shape
         self._pixels = math.prod(shape)
         channels = images.shape[1] // groups
-        beyond = math.prod(windows.room)
-        self._line = images.new_zeros(groups, self._pixels + beyond, channels, dtype=torch.float64)
+        beyond = math.prod(windows.room) if self._roomy else 0
+        self._line = images.new_zeros(groups, self._pixels + beyond, channels, dtype=dtype)
         inner = tuple(slice(size) for size in windows.sizes)
         self._part(inner, 0).copy_(images.unflatten(1, (groups, channels)).movedim(2, -1).movedim(1, 0))
 
     def sums(self, strip: Strip) -> Tensor:
         """``[g, samples, channels]``: each sample's sum over a strip."""
         chosen = self._part(strip, 0)
-        return chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1]).sum(2)
+        return chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1]).sum(2, dtype=torch.float64)
 
     def correlation(self, strip: Strip, offset: tuple[int, ...]) -> Tensor:
         """``[g, channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
-        shift = sum(one * step for one, step in zip(offset, self._steps, strict=True))
-        here, there = (self._part(strip, by).flatten(1, -2) for by in (0, shift))
-        return here.mT @ there
+        if self._roomy:
+            shift = sum(one * step for one, step in zip(offset, self._steps, strict=True))
+            here, there = self._part(strip, 0), self._part(strip, shift)
+        else:
+            meeting = [
+                (e, e + by) if isinstance(e, int) else _overlap(size, by)
+                for e, by, size in zip(strip, offset, self._sizes, strict=True)
+            ]
+            here, there = (self._part(tuple(side), 0) for side in zip(*meeting, strict=True))
+        return here.flatten(1, -2).mT @ there.flatten(1, -2)
 
     def _part(self, strip: Strip, shift: int) -> Tensor:
         """``[g, samples, ..., channels]``: a strip of all images, shifted along the line."""
         whole = self._line[:, shift : shift + self._pixels].unflatten(1, self._shape)
         here = (ALL, ALL, *strip)
         return whole[here]
+
+
+def _overlap(size: int, by: int) -> tuple[slice, slice]:
+    """The positions whose shift by ``by`` is among ``size``, and where they go."""
+    count, here, there = max(0, size - abs(by)), max(0, -by), max(0, by)
+    return slice(here, here + count), slice(there, there + count)
 
 
 def _padded(view: ConvView, images: Tensor) -> Tensor:

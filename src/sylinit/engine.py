@@ -18,16 +18,16 @@ from sylinit.data import Data, call_model, read_data
 from sylinit.errors import SylinitError, UnsupportedLayerError
 from sylinit.gather import Gathered, gather, not_finite, require_finite
 from sylinit.lanes import Lanes
-from sylinit.layer import Solution, solve_layer, solve_layer_from_rows
+from sylinit.layer import Solution, approximate_layer, solve_layer, solve_layer_from_rows
 from sylinit.offload import Offload
 from sylinit.plan import Door, Plan, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
-from sylinit.routes import Problem
+from sylinit.routes import Problem, projected_pays
 from sylinit.shards import Shards
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
-from sylinit.views import AttentionOutputView, ConvView
+from sylinit.views import AttentionOutputView, ConvView, View
 
 Rows = int | Literal["all"] | None
 
@@ -147,11 +147,23 @@ class _Settings:
     solver: str
     progress: Callable[[int, int, str], None] | None
 
-    def budget(self, dim: int, needs: str, total: int) -> int | None:
-        """How many of ``total`` rows to read for a layer of ``dim`` inputs; None for all."""
+    def budget(self, view: View, needs: str, total: int, short_way: float | None) -> int | None:
+        """How many of ``total`` rows to read for a layer; None for all.
+
+        Args:
+            view: the layer.
+            needs: "moments" or "rows", of its code.
+            total: the rows that there are.
+            short_way: the share of them that costs as much as all do, where there is such a way to all.
+        """
         if self.rows == "all":
             return SAMPLE if needs == "rows" else None
-        return default_rows(dim) if self.rows is None else self.rows
+        if self.rows is not None:
+            return self.rows
+        budget = default_rows(view.dim)
+        if needs == "moments" and short_way is not None and budget >= short_way * total:
+            return None
+        return budget
 
 
 class _Pass:
@@ -299,7 +311,7 @@ class _Pass:
             view,
             waiting,
             self._targets(door),
-            lambda total: self._settings.budget(view.dim, needs, total),
+            lambda total, short_way: self._settings.budget(view, needs, total, short_way),
             torch.Generator().manual_seed(seed),
             self._processes,
             door.device,
@@ -313,19 +325,31 @@ class _Pass:
             self._settings.variance,
             seed + 1,
             self._role(door),
-            self._settings.solver,
         )
         if use_rows(code, gathered.used, view.dim):
             rows, targets = gathered.rows(self._processes)
             solution = self._processes.together(lambda: solve_layer_from_rows(rows, targets, problem))
         else:
-            cov = gathered.covariance(self._processes)
-            solution = self._processes.together(lambda: solve_layer(cov, problem))
+            solution = self._from_moments(gathered, problem)
         return self._write(
             door,
             solution,
             LayerReport(door.name, door.kind, "initialised", note, code=code.name, rows=gathered.used),
         )
+
+    def _from_moments(self, gathered: Gathered, problem: Problem) -> Solution:
+        """By the projected route, which needs float32 moments only, where that pays and serves; exactly elsewhere."""
+        note = ""
+        if self._settings.solver == "auto" and projected_pays(problem.code, problem.units, gathered.view.dim):
+            rough = gathered.covariance(self._processes, torch.float32)
+            solution, note = self._processes.together(lambda: approximate_layer(rough, problem))
+            if all(self._processes.agree(lambda: solution is not None)):
+                assert solution is not None
+                return solution
+            del rough
+        cov = gathered.covariance(self._processes)
+        exact = self._processes.together(lambda: solve_layer(cov, problem))
+        return replace(exact, note="; ".join(filter(None, (exact.note, note))))
 
     def _targets(self, door: Door) -> Targets | None:
         """What the layer's code is to be told about each sample."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sylinit.correlation import patch_moments
+from sylinit.correlation import patch_moments, pays, share_for_all
 from sylinit.errors import SylinitError
 from sylinit.moments import CHUNK, Covariance, Moments, sample_index
 from sylinit.processes import Processes
@@ -64,21 +64,24 @@ class Gathered:
     width: int
     device: torch.device
 
-    def covariance(self, processes: Processes) -> Covariance:
-        """Stream the rows into moments, add those of the other processes, and centre."""
+    def covariance(self, processes: Processes, dtype: torch.dtype = torch.float64) -> Covariance:
+        """Stream the rows into moments, add those of the other processes, and centre; ``dtype``: of `Moments.xx`."""
 
         def local() -> Moments:
-            sums = Moments.zeros(self.view.groups, self.view.dim, self.width, self.device)
+            whole = [(part.x, part.shared) for part in self.parts if part.shared is not None]
+            if whole:
+                sums = patch_moments(self.view, whole, dtype)
+            else:
+                sums = Moments.zeros(self.view.groups, self.view.dim, self.width, self.device, dtype)
             for part in self.parts:
                 if part.shared is not None:
-                    sums.merge(patch_moments(self.view, part.x, part.shared))
                     continue
                 for rows, piece in _pieces(self.view, part):
                     sums.update(rows, None if part.targets is None else part.targets[piece])
             return sums
 
         cov = processes.together(local).reduce(processes.sum_).covariance()
-        if not bool(cov.xx.isfinite().all()):
+        if not bool(cov.xx.diagonal(dim1=1, dim2=2).isfinite().all()):  # what is not finite shows in its own square
             raise SylinitError(not_finite(self.name))
         return cov
 
@@ -105,7 +108,7 @@ def gather(
     view: View,
     waiting: Mapping[int, Any],
     targets: Targets | None,
-    budget: Callable[[int], int | None],
+    budget: Callable[[int, float | None], int | None],
     generator: torch.Generator,
     processes: Processes,
     device: torch.device,
@@ -117,7 +120,8 @@ def gather(
         view: the layer as a matrix.
         waiting: the layer's input by lane.
         targets: of this process's batches, or None.
-        budget: number of rows to read, from the number there is; None for all.
+        budget: number of rows to read, from the number there is and, where there is a short way to all of them, the
+            share that costs as much; None for all.
         generator: the same in every process.
         processes: the group.
         device: of the layer.
@@ -127,13 +131,15 @@ def gather(
     """
     shapes = {lane: view.positions(x) for lane, x in waiting.items()}
     lengths = {lane: samples * math.prod(positions) for lane, (samples, positions) in shapes.items()}
-    counts = processes.agree(lambda: sum(lengths.values()))
+    met = processes.agree(lambda: (sum(lengths.values()), all(pays(view, x) for x in waiting.values())))
+    counts = [count for count, _ in met]
     total = sum(counts)
     if total < 2:
         raise SylinitError(
             f"layer {name!r} has met {total} row of input; a layer is computed from at least 2: pass more samples"
         )
-    index = sample_index(total, budget(total), generator)
+    short_way = share_for_all(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
+    index = sample_index(total, budget(total, short_way), generator)
     start = sum(counts[: processes.rank])
     parts = []
     for lane, x in waiting.items():
@@ -142,8 +148,9 @@ def gather(
             mine = index[(index >= start) & (index < start + lengths[lane])] - start
             mine = mine.to((x[0] if isinstance(x, tuple) else x).device)
         # Where all patches of a convolution are read, their moments need the targets of the samples only.
-        whole = index is None and isinstance(view, ConvView)
-        shared = targets.of_samples(lane, shapes[lane][0]) if whole and targets is not None else None
+        shared = None
+        if index is None and isinstance(view, ConvView):
+            shared = targets.of_samples(lane, shapes[lane][0]) if targets else _none(shapes[lane][0], device)
         t = targets.of_rows(lane, shapes[lane], mine) if shared is None and targets is not None else None
         parts.append(Part(x, mine, lengths[lane] if mine is None else len(mine), t, shared))
         start += lengths[lane]
@@ -151,9 +158,17 @@ def gather(
     known = all(part.targets is not None or part.shared is not None for part in parts)
     matched = all(processes.agree(lambda: targets is not None and known))
     if not matched:
-        parts = [Part(part.x, part.index, part.count, None) for part in parts]
+        parts = [
+            replace(part, targets=None, shared=_none(len(part.shared), device) if part.shared is not None else None)
+            for part in parts
+        ]
     width = targets.width if targets is not None and matched else 0
     return Gathered(name, view, tuple(parts), total if index is None else len(index), width, device)
+
+
+def _none(samples: int, device: torch.device) -> Tensor:
+    """The targets of samples that have none, ``[samples, 0]``."""
+    return torch.zeros(samples, 0, dtype=torch.float64, device=device)
 
 
 def _pieces(view: View, part: Part) -> Iterator[tuple[Tensor, slice]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from sylinit.calibrate import Calibrated, calibrate_directions, calibrate_logits, calibrate_regression, calibrate_units
 from sylinit.codes import Code, call, select_target
 from sylinit.moments import Covariance, Moments
-from sylinit.routes import Problem, fit
+from sylinit.projected import TOLERANCE
+from sylinit.routes import Fit, Problem, fit_exact, fit_projected
 from sylinit.subspace import row_space
 
 
@@ -43,8 +45,27 @@ class Solution:
 
 def solve_layer(cov: Covariance, problem: Problem) -> Solution:
     """Covariance -> latent code -> Sylvester equation -> calibrated weight."""
+    solution = _solve(cov, problem, fit_exact)
+    assert solution is not None
+    return solution
+
+
+def approximate_layer(cov: Covariance, problem: Problem) -> tuple[Solution | None, str]:
+    """The same by the projected route; None and the reason where that does not serve."""
+    solution = _solve(cov, problem, fit_projected)
+    if solution is None:
+        return None, ""
+    if not solution.residual <= TOLERANCE:
+        reason = f"solved exactly, for the projected solver stopped at a residual of {float(solution.residual):.0e}"
+        return None, reason
+    return solution, ""
+
+
+def _solve(cov: Covariance, problem: Problem, fit: Callable[[Covariance, Problem], Fit | None]) -> Solution | None:
     code, note = _with_varied_targets(problem, cov)
     found = fit(cov, replace(problem, code=code))
+    if found is None:
+        return None
     done = _calibrate(found.weight, cov, problem)
     return Solution(
         weight=done.weight,
@@ -55,7 +76,7 @@ def solve_layer(cov: Covariance, problem: Problem) -> Solution:
         encoding_error=found.encoding_error,
         decoding_error=found.decoding_error,
         route=found.route,
-        note="; ".join(filter(None, (note, found.note))),
+        note=note,
     )
 
 
@@ -101,7 +122,7 @@ def _solve_group(rows: Tensor, targets: Tensor, problem: Problem) -> Solution:
             basis, x = basis.new_zeros(dim, 1), x.new_zeros(count, 1)
     sums = Moments.zeros(1, x.shape[1], targets.shape[1], x.device).update(x.unsqueeze(0), targets)
     cov = replace(sums.covariance(), dim=dim)
-    solution = solve_layer(cov, replace(problem, solver="exact"))
+    solution = solve_layer(cov, problem)
     weight = solution.weight if basis is None else solution.weight @ basis.mT.to(solution.weight)
     return replace(
         solution,

@@ -93,7 +93,10 @@ class Processes:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._group)
+            whole = tensor.contiguous()
+            dist.all_reduce(whole, group=self._group)
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def gather(self, rows: Tensor, counts: list[int]) -> Tensor:

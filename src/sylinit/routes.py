@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from sylinit.codes import NULL, Axes, Code, LinearCode
 from sylinit.eigh import robust_eigh
 from sylinit.moments import Covariance
-from sylinit.projected import TOLERANCE, solve_projected
+from sylinit.projected import solve_projected
 from sylinit.subspace import principal_subspace, signs
 from sylinit.sylvester import solve_diagonal
 
@@ -19,7 +19,7 @@ SMALL = 512
 """Below this d a decomposition takes milliseconds, and the exact answer is as good as free."""
 
 SINGLE = 1e-5
-"""Float32 tells an axis from rounding if its variance is at least this share of the largest."""
+"""Float32 tells an axis from rounding if its variance is at least this share of the largest second moment."""
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -37,7 +37,6 @@ class Problem:
         seed: of everything random.
         role: what its outputs are: "units", "directions" (units whose scale a normalisation will undo), "logits" or
             "values".
-        solver: "auto", or "exact" to keep to that route.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Problem:
     variance: float
     seed: int
     role: str = "units"
-    solver: str = "auto"
 
     def generator(self) -> torch.Generator:
         """A fresh generator: the same draws whichever process or route solves the layer."""
@@ -56,7 +54,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fit:
-    """A weight before calibration.
+    """A weight before calibration: the solution of ``A W + W B = C`` for the layer's code ``S``.
+
+    ``A = S S^T / n``, ``B = lambda X X^T / n``, ``C = (1 + lambda) S X^T / n``, with ``S`` scaled to the root mean
+    square of ``X``.
 
     Attributes:
         weight: ``W``, ``[g, k, d]``.
@@ -64,7 +65,6 @@ class Fit:
         encoding_error: ``||W X - S||^2 / ||S||^2``.
         decoding_error: ``||X - W^T S||^2 / ||X||^2``.
         route: "exact" or "projected".
-        note: what a user should know.
     """
 
     weight: Tensor
@@ -72,25 +72,6 @@ class Fit:
     encoding_error: Tensor
     decoding_error: Tensor
     route: str
-    note: str = ""
-
-
-def fit(cov: Covariance, problem: Problem) -> Fit:
-    """Solve ``A W + W B = C`` for the layer's code by the cheaper route; exactly where the projected one falls short.
-
-    ``A = S S^T / n``, ``B = lambda X X^T / n``, ``C = (1 + lambda) S X^T / n``, with the code ``S`` scaled to the root
-    mean square of ``X``.
-    """
-    components = leading_components(problem.code, problem.units)
-    if components is None or problem.solver == "exact" or not projected_pays(cov.xx.shape[1], components):
-        return fit_exact(cov, problem)
-    found = fit_projected(cov, problem, components)
-    if found is None:
-        return fit_exact(cov, problem)
-    if not found.residual <= TOLERANCE:
-        note = f"solved exactly, for the projected solver stopped at a residual of {float(found.residual):.0e}"
-        return replace(fit_exact(cov, problem), note=note)
-    return found
 
 
 def fit_exact(cov: Covariance, problem: Problem) -> Fit:
@@ -101,49 +82,57 @@ def fit_exact(cov: Covariance, problem: Problem) -> Fit:
     made_of = torch.cat([code.on_x, code.on_t], 2)  # E of S = E [x, t]
     span = torch.linalg.qr(made_of)[0] if made_of.shape[1] > made_of.shape[2] else None
     weight = solve_diagonal(gram, problem.encoding_weight * axes.variances, (1 + problem.encoding_weight) * cross, span)
-    return _judged(weight @ axes.basis.mT, gram, cross @ axes.basis.mT, cov, problem, "exact")
+    weight, cross = weight @ axes.basis.mT, cross @ axes.basis.mT
+    return _judged(weight, gram @ weight, weight @ cov.xx, gram, cross, cov, problem, "exact")
 
 
-def fit_projected(cov: Covariance, problem: Problem, components: int) -> Fit | None:
+def fit_projected(cov: Covariance, problem: Problem) -> Fit | None:
     """By the leading principal axes, from a randomised subspace, and conjugate gradients for what lies outside.
 
     Args:
-        cov: the layer's covariance.
+        cov: the layer's covariance, of which float32 is enough.
         problem: one whose code reads the leading axes only.
-        components: how many of them.
 
     Returns:
-        None where an axis is so weak beside the first that float32 cannot tell it from rounding.
+        None where an axis is so weak that float32 cannot tell it from rounding.
     """
-    generator = problem.generator()
+    components, generator = leading_components(problem.code, problem.units), problem.generator()
+    assert components is not None
     found = [principal_subspace(xx, subspace_rank(components), generator) for xx in cov.xx]
     basis, image = (torch.stack([getattr(each, part) for each in found]).double() for part in ("basis", "image"))
     variances = torch.stack([each.variances for each in found])
-    if bool((variances[:, -1] <= SINGLE * variances[:, 0]).any()):
+    largest = variances[:, 0] + cov.mean_x.square().sum(1)  # of the sums, before the mean was taken off
+    if bool((variances[:, -1] <= SINGLE * largest).any()):
         return None
     axes = Axes(basis, variances, basis.mT @ cov.xt, cov.tt)
     code, gram = _scaled(_code(problem, axes), axes, cov)
     cross = code.on_x @ image.mT + code.on_t @ cov.xt.mT
-    weight = [
-        solve_projected(
-            a, xx, (1 + problem.encoding_weight) * c, subspace, encoding_weight=problem.encoding_weight
-        ).weight
-        for a, xx, c, subspace in zip(gram, cov.xx, cross, found, strict=True)
+    right = (1 + problem.encoding_weight) * cross
+    solved = [
+        solve_projected(a, xx, c, subspace, encoding_weight=problem.encoding_weight)
+        for a, xx, c, subspace in zip(gram, cov.xx, right, found, strict=True)
     ]
-    return _judged(torch.stack(weight), gram, cross, cov, problem, "projected")
+    weight, remainder = (torch.stack([getattr(each, part) for each in solved]) for part in ("weight", "remainder"))
+    decoded = gram @ weight
+    encoded = (right - remainder - decoded) / problem.encoding_weight  # W Cov, without another product
+    return _judged(weight, decoded, encoded, gram, cross, cov, problem, "projected")
 
 
-def projected_pays(dim: int, components: int) -> bool:
-    """Whether the projected route is at least twice as fast as the exact one, by counts of operations.
+def projected_pays(code: Code, units: int, dim: int) -> bool:
+    """Whether the projected route is open to a code, and at least twice as fast as the exact one.
 
-    The exact route is an eigendecomposition in float64, about 9 d^3; the projected one is products in float32:
-    ``6 d^2 r`` for the subspace of rank r, about ``6 d^2 k`` for the steps after it, and ``16 d r^2`` inside. On
-    CPUs and GPUs alike an operation of the former takes two to three times as long.
+    By counts of operations: the exact route is an eigendecomposition in float64, about 9 d^3; the projected one is
+    products in float32: ``6 d^2 r`` for the subspace of rank r, about ``6 d^2 k`` for the steps after it, and
+    ``16 d r^2`` inside. On CPUs and GPUs alike an operation of the former takes two to three times as long.
 
     Args:
+        code: which must read leading principal components only.
+        units: k.
         dim: d.
-        components: how many leading principal components the code reads.
     """
+    components = leading_components(code, units)
+    if components is None:
+        return False
     rank = subspace_rank(components)
     exact = 2.5 * 9 * dim**3
     projected = 6 * dim**2 * (rank + components) + 16 * dim * rank**2 + 2.5 * 9 * rank**3
@@ -185,9 +174,20 @@ def _scaled(code: LinearCode, axes: Axes, cov: Covariance) -> tuple[LinearCode, 
     return LinearCode(code.on_x * scale, code.on_t * scale), gram * scale.square()
 
 
-def _judged(weight: Tensor, gram: Tensor, cross: Tensor, cov: Covariance, problem: Problem, route: str) -> Fit:
-    """Measure in float64 how far ``W`` satisfies its equation and what it leaves of code and rows."""
-    decoded, encoded = gram @ weight, weight @ cov.xx  # A W and W Cov
+def _judged(
+    weight: Tensor,
+    decoded: Tensor,
+    encoded: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    cov: Covariance,
+    problem: Problem,
+    route: str,
+) -> Fit:
+    """Measure how far ``W`` satisfies its equation and what it leaves of code and rows.
+
+    ``decoded`` is ``A W`` and ``encoded`` is ``W Cov``.
+    """
     right = (1 + problem.encoding_weight) * cross
     left = decoded + problem.encoding_weight * encoded
     agreement = 2 * (weight * cross).sum()

@@ -73,9 +73,7 @@ def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator
     Source: Halko, Martinsson and Tropp, *Finding structure with randomness*, 2011, algorithm 4.4.
     """
     dim = len(covariance)
-    total = covariance.diagonal().sum(dtype=torch.float64)
-    size = torch.where(total > 0, total / dim, 1)
-    single = (covariance / size).float()  # variances of order one stay clear of float32's limits
+    single, total = covariance.float(), covariance.diagonal().sum(dtype=torch.float64)
     basis = torch.randn(dim, min(rank, dim), generator=generator).to(single)
     for _ in range(steps):
         basis = torch.linalg.qr(single @ basis)[0]
@@ -84,9 +82,9 @@ def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator
     variances, turn = robust_eigh((inner + inner.T) / 2)
     variances, turn = variances.flip(0).clamp(min=0), turn.flip(1).to(single)
     basis, image = basis @ turn, image @ turn
-    rest = (dim - variances.sum()).clamp(min=0) / max(1, dim - len(variances))
+    rest = (total - variances.sum()).clamp(min=0) / max(1, dim - len(variances))
     sign = signs(basis)
-    return Subspace(basis * sign, variances * size, (image * sign) * size.to(single), rest * size)
+    return Subspace(basis * sign, variances, image * sign, rest)
 
 
 def signs(basis: Tensor) -> Tensor:
