@@ -15,6 +15,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ import sylinit
 from sylinit.codes import CODES
 from sylinit.moments import Covariance, Moments
 from sylinit.projected import TOLERANCE
-from sylinit.routes import Problem, fit
+from sylinit.routes import Problem, fit_exact, fit_projected
 from sylinit.study.data import few_shot, load
 from sylinit.study.figures import OTHERS, OURS, save
 from sylinit.study.store import environment
@@ -158,7 +159,9 @@ def projected(case: str, data: Any, repeats: int) -> dict[str, Any]:
     approximate, solve_exactly = partial(fit_projected, single, problem), partial(fit_exact, cov, problem)
     found, exact = approximate(), solve_exactly()
     if found is None or float(found.residual) > TOLERANCE:
-        raise SystemExit(f"{case}: {'refused' if found is None else f'residual {float(found.residual):.1e}'}; not timed")
+        raise SystemExit(
+            f"{case}: {'refused' if found is None else f'residual {float(found.residual):.1e}'}; not timed"
+        )
     for error in ("encoding_error", "decoding_error"):
         if abs(float(getattr(found, error) - getattr(exact, error))) > 0.02:
             raise SystemExit(f"{case}: the {error} of the two answers differs; not timed")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sylinit import sylvester
 from sylinit.errors import SylinitError
 from sylinit.subspace import row_space
 from sylinit.sylvester import objective, robust_eigh, solve_diagonal, solve_sylvester, sylvester_
@@ -291,3 +292,24 @@ def test_bad_input_to_sylvester_is_named():
 def test_rows_that_do_not_vary_give_zero(rows):
     weight = sylvester_(torch.ones(3, 5), torch.ones(rows, 5), torch.randn(rows, 3))
     assert weight.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("decades", "short"), [(2, True), (6, False)])
+def test_the_short_way_in_mixed_precision_is_for_regular_systems_and_as_exact(decades, short):
+    size = sylvester.LARGE
+    a, b = (torch.stack([spectrum(n, n, decades, seed) for seed in (1, 2)]) for n in (40, size))
+    c = 1e6 * torch.randn(2, 40, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = sylvester._mixed_precision(a, b, c)
+    assert (found is not None) == short
+    w, rank = sylvester._double_precision(a, b, c, 1e-13)
+    solution = solve_sylvester(a, b, c)
+    assert solution.rank.tolist() == rank.tolist() == [40 * size] * 2
+    assert float(solution.residual.max()) <= (1e-13 if short else 1e-11)
+    assert float((solution.weight - w).norm() / w.norm()) <= 1e-14 * 10**decades * size**0.5
+
+
+def test_nothing_comes_of_nothing_in_mixed_precision_too():
+    a, b = (torch.eye(n, dtype=torch.float64) for n in (3, sylvester.LARGE))
+    solution = solve_sylvester(a, b, torch.zeros(3, sylvester.LARGE, dtype=torch.float64))
+    assert not solution.weight.any()
+    assert float(solution.residual) == 0

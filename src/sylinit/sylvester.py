@@ -18,6 +18,17 @@ from sylinit.eigh import robust_eigh
 from sylinit.errors import SylinitError
 from sylinit.subspace import row_space
 
+LARGE = 256
+"""From this size on a float32 eigendecomposition saves time."""
+
+REGULAR = 1e-4
+"""The smallest ``a_i + b_j``, as a share of the largest diagonal entries, that float32 can be refined from."""
+
+REFINEMENTS = 8
+
+EXACT = 1e-13
+"""A relative residual that counts as that of float64."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -59,15 +70,30 @@ def solve_sylvester(a: Tensor, b: Tensor, c: Tensor, *, rtol: float | None = Non
     _check_form(a, b, c)
     dtype = c.dtype
     a, b, c = a.double(), b.double(), c.double()
-    _check_entries(a, b, c, torch.finfo(dtype).eps ** 0.5)
+    skew_a, skew_b = a - a.mT, b - b.mT
+    _check_entries(a, b, c, skew_a, skew_b, torch.finfo(dtype).eps ** 0.5)
     # Divided by their sizes, no norm overflows or underflows; A and B share one size, as their sum counts.
     size, size_c = torch.maximum(_size(a), _size(b)), _size(c)
-    a, b, c = (a + a.mT) / (2 * size), (b + b.mT) / (2 * size), c / size_c
+    size, size_c = torch.where(size > 0, size, 1), torch.where(size_c > 0, size_c, 1)
+    a, b = (whole.sub(skew, alpha=0.5).div_(size) for whole, skew in ((a, skew_a), (b, skew_b)))
+    c = c / size_c
 
-    values_a, u = robust_eigh(a)
-    values_b, v = robust_eigh(b)
     if rtol is None:
         rtol = max(4 * torch.finfo(dtype).eps, max(c.shape[-2:]) * torch.finfo(c.dtype).eps)
+    found = _mixed_precision(a, b, c) if rtol < REGULAR else None
+    w, rank = _double_precision(a, b, c, rtol) if found is None else found
+
+    weight = (w * (size_c / size)).to(dtype)
+    w = weight * (size / size_c)
+    norm = torch.linalg.matrix_norm(c)
+    residual = torch.linalg.matrix_norm(a @ w + w @ b - c) / torch.where(norm > 0, norm, 1)
+    return Solution(weight, residual.to(dtype), rank)
+
+
+def _double_precision(a: Tensor, b: Tensor, c: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    """By both eigendecompositions in float64, whatever the system: the solution and its rank."""
+    values_a, u = robust_eigh(a)
+    values_b, v = robust_eigh(b)
     inverse = pair_inverse(values_a, values_b, rtol)
 
     def apply_inverse(right: Tensor) -> Tensor:
@@ -75,12 +101,39 @@ def solve_sylvester(a: Tensor, b: Tensor, c: Tensor, *, rtol: float | None = Non
 
     w = apply_inverse(c)
     w = w + apply_inverse(c - a @ w - w @ b)  # the eigenvectors are orthonormal to rounding only
+    return w, (inverse != 0).sum((-2, -1))
 
-    weight = (w * (size_c / size)).to(dtype)
-    w = weight * (size / size_c)
+
+def _mixed_precision(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
+    """By eigendecompositions in float32, in a third of the time, refined with residuals in float64.
+
+    Each refinement gains as many digits as float32 tells from the smallest ``a_i + b_j``.
+
+    Returns:
+        The solution and its rank; None for small systems, where nothing is gained, and for those that are not regular
+        enough, which a Cholesky factor tells at a fraction of the cost.
+    """
+    if max(c.shape[-2:]) < LARGE:
+        return None
+    values_a, u = robust_eigh(a)
+    shifted = b.float()
+    shift = values_a[..., :1] - REGULAR * (a.diagonal(0, -2, -1).amax(-1) + b.diagonal(0, -2, -1).amax(-1))[..., None]
+    shifted.diagonal(0, -2, -1).add_(shift.float())
+    if bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        return None
+    values_b, v = robust_eigh(b.float())
+    inverse = pair_inverse(values_a.float(), values_b, 0.0)
+    c = u.mT @ c
     norm = torch.linalg.matrix_norm(c)
-    residual = torch.linalg.matrix_norm(a @ w + w @ b - c) / torch.where(norm > 0, norm, 1)
-    return Solution(weight, residual.to(dtype), (inverse != 0).sum((-2, -1)))
+    w, remainder, size = torch.zeros_like(c), c, norm
+    for _ in range(REFINEMENTS):
+        scale = torch.where(size > 0, size, 1)[..., None, None]  # float32 is to see numbers of order one
+        w = w + ((inverse * ((remainder / scale).float() @ v)) @ v.mT).double() * scale
+        remainder = c - values_a[..., None] * w - w @ b
+        size = torch.linalg.matrix_norm(remainder)
+        if bool((size <= EXACT * norm).all()):
+            return u @ w, torch.full_like(norm, c.shape[-2] * c.shape[-1], dtype=torch.long)
+    return None
 
 
 def solve_diagonal(a: Tensor, b: Tensor, c: Tensor, span: Tensor | None = None) -> Tensor:
@@ -168,9 +221,9 @@ def sylvester_(weight: Tensor, x: Tensor, s: Tensor, *, encoding_weight: float =
 
 
 def _size(matrix: Tensor) -> Tensor:
-    """The largest absolute entry, ``[..., 1, 1]``; 1 for a matrix of zeros."""
-    size = matrix.abs().amax((-2, -1), keepdim=True)
-    return torch.where(size > 0, size, 1)
+    """The largest absolute entry, ``[..., 1, 1]``; NaN or infinite where any entry is."""
+    low, high = matrix.flatten(-2).aminmax(dim=-1)
+    return torch.maximum(-low, high)[..., None, None]
 
 
 def _check_form(a: Tensor, b: Tensor, c: Tensor) -> None:
@@ -191,10 +244,10 @@ def _check_form(a: Tensor, b: Tensor, c: Tensor) -> None:
         )
 
 
-def _check_entries(a: Tensor, b: Tensor, c: Tensor, tolerance: float) -> None:
-    """All checks that need the entries in one transfer to the host."""
-    finite = [matrix.isfinite().all() for matrix in (a, b, c)]
-    symmetric = [((matrix - matrix.mT).abs() <= tolerance * _size(matrix)).all() for matrix in (a, b)]
+def _check_entries(a: Tensor, b: Tensor, c: Tensor, skew_a: Tensor, skew_b: Tensor, tolerance: float) -> None:
+    """All checks that need the entries in one transfer to the host; ``skew``: a matrix less its transpose."""
+    finite = [_size(matrix).isfinite().all() for matrix in (a, b, c)]
+    symmetric = [(_size(skew) <= tolerance * _size(matrix)).all() for matrix, skew in ((a, skew_a), (b, skew_b))]
     passed = torch.stack(finite + symmetric).tolist()
     for name, good in zip("abc", passed[:3], strict=True):
         if not good:
