@@ -1,0 +1,136 @@
+"""Where the time of one initialisation goes, beside the fewest operations that each step needs.
+
+    python benchmarks/where.py [--repeats 5] [--threads 2] [--case resnet18-224]
+
+Steps are timed from the outside: by the functions that do them. Operations are counted from the shapes, one for a
+multiplication and one for an addition; a floor is what they take at the machine's measured speed for large products.
+Writes ``benchmarks/results/where.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+import sylinit
+from harness import Results, ceilings, seconds
+from one_pass import cases
+from sylinit import engine, routes
+from sylinit.codes import CODES
+from sylinit.correlation import share_for_all
+from sylinit.engine import default_rows
+from sylinit.gather import Gathered
+from sylinit.routes import leading_components, subspace_rank
+from sylinit.views import ConvView, views_of
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "moments": (Gathered, "covariance"),
+    "subspace": (routes, "principal_subspace"),
+    "equation": (routes, "solve_projected"),
+    "exact route": (routes, "fit_exact"),
+    "writing and rank": (engine._Pass, "_write"),
+    "normalisations": (engine._Pass, "_statistics"),
+    "layers in all": (engine._Pass, "_settle"),
+}
+
+
+@contextmanager
+def timed(spent: dict[str, float]) -> Iterator[None]:
+    """Add up the wall time of each step inside."""
+    saved = {step: getattr(owner, name) for step, (owner, name) in STEPS.items()}
+
+    def wrapped(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found: list[Any] = []
+            spent[step] += seconds(lambda: found.append(function(*args, **kwargs)))
+            return found[0]
+
+        return run
+
+    for step, (owner, name) in STEPS.items():
+        setattr(owner, name, wrapped(step, saved[step]))
+    try:
+        yield
+    finally:
+        for step, (owner, name) in STEPS.items():
+            setattr(owner, name, saved[step])
+
+
+def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, float]:
+    """The fewest float32 operations of the projected layers, by step.
+
+    Moments: half of ``2 n d^2`` for sampled rows; for all patches at stride 1, one product for each distinct offset.
+    Subspace: three products with the covariance. Equation: a Cholesky factor, its two solves, and the residual.
+    """
+    count: dict[str, float] = defaultdict(float)
+    for layer in report.initialised:
+        if layer.solver != "projected" or layer.shape is None:
+            continue
+        groups, units, dim = layer.shape
+        (view,) = views_of(model.get_submodule(layer.name), layer.name)
+        everything = isinstance(view, ConvView) and layer.rows > default_rows(dim)
+        share = share_for_all(view) if everything and isinstance(view, ConvView) else 1.0
+        components = leading_components(CODES["mixed"], units)
+        assert components is not None
+        rank = subspace_rank(components)
+        count["moments"] += groups * layer.rows * dim**2 * share
+        count["subspace"] += groups * 3 * 2 * dim**2 * rank
+        count["equation"] += groups * (dim**3 / 3 + 4 * dim**2 * components)
+    return dict(count)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--case", default="resnet18-224", choices=cases())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.backends.mha.set_fastpath_enabled(False)
+    results, speed = Results("where"), ceilings("cpu")
+    model, batches = cases()[given.case]()
+    report = sylinit.initialize_(model, batches)
+    needed = operations(model, report)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model.eval()
+        for x, _ in batches:
+            model(x)
+
+    runs: dict[str, list[float]] = defaultdict(list)
+    for _ in range(given.repeats):
+        runs["forward"].append(seconds(forward))
+        spent: dict[str, float] = defaultdict(float)
+        with timed(spent):
+            runs["initialise"].append(seconds(lambda: sylinit.initialize_(model, batches)))
+        for step in STEPS:
+            runs[step].append(spent[step])
+    floors = {step: 1e-9 * count / speed["float32_gflops"] for step, count in needed.items()}
+    row = {
+        "seconds": {step: median(each) for step, each in runs.items()},
+        "gflop": {step: 1e-9 * count for step, count in needed.items()},
+        "floor_seconds": floors,
+        "ratio": median(b / a for a, b in zip(runs["forward"], runs["initialise"], strict=True)),
+        "ratio_floor": 1 + sum(floors.values()) / median(runs["forward"]),
+        "ceilings": speed,
+        "runs": dict(runs),
+    }
+    results.save(given.case, row)
+    for step, taken in row["seconds"].items():
+        floor = f"   floor {floors[step]:6.2f} s for {1e-9 * needed[step]:6.0f} GFLOP" if step in floors else ""
+        print(f"{step:18} {taken:7.2f} s{floor}")
+    print(f"{row['ratio']:.2f} forward passes; with all steps at their floors {row['ratio_floor']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
