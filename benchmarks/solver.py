@@ -11,7 +11,6 @@ the cases that are there, unless ``--fresh``.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 import sylinit
 from sylinit.codes import CODES
+from sylinit.engine import ENCODING_WEIGHT
 from sylinit.moments import Covariance, Moments
 from sylinit.projected import TOLERANCE
 from sylinit.routes import Problem, fit_exact, fit_projected
@@ -153,7 +153,7 @@ def projected(case: str, data: Any, repeats: int) -> dict[str, Any]:
     x, y = calibration(data, 0)
     cov = system_of(model, LAYERS[case], x, y)
     units = model.get_submodule(LAYERS[case]).out_channels
-    weight = inspect.signature(sylinit.initialize_).parameters["encoding_weight"].default
+    weight = ENCODING_WEIGHT
     problem = Problem(case, CODES["mixed"], units, weight, 1.0, 1)
     single = replace(cov, xx=cov.xx.float())  # as each route is given it
     approximate, solve_exactly = partial(fit_projected, single, problem), partial(fit_exact, cov, problem)

@@ -113,7 +113,12 @@ def init(
     report: Annotated[Path | None, typer.Option(help="Where the report goes, as JSON.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Training samples to compute the weights from.")] = 2000,
     code: Annotated[str, typer.Option(help="The latent code; see sylinit.CODES.")] = "mixed",
-    encoding_weight: Annotated[float, typer.Option(help="Lambda: encoding against decoding.")] = 4.0,
+    encoding_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Lambda: encoding against decoding. By default 4; the head finds its own.", show_default=False
+        ),
+    ] = None,
     solver: Annotated[
         str, typer.Option(help="auto, or exact: never approximate the equation of a wide layer.")
     ] = "auto",

@@ -31,6 +31,9 @@ from sylinit.views import AttentionOutputView, ConvView, View
 
 Rows = int | Literal["all"] | None
 
+ENCODING_WEIGHT = 4.0
+"""Lambda of a layer before the head, chosen on held-back images: see ``docs/method.md``."""
+
 SAMPLE = 20_000
 """At most this many rows for codes that are fitted on rows, where ``rows="all"``."""
 
@@ -40,7 +43,7 @@ def initialize_(
     batches: Iterable[Any],
     *,
     code: Any = "mixed",
-    encoding_weight: float = 4.0,
+    encoding_weight: float | None = None,
     layers: Any = None,
     head: str | None = "auto",
     rows: Rows = None,
@@ -68,7 +71,8 @@ def initialize_(
             values ``[n, c]``.
         code: the latent code: a name in `sylinit.CODES`, a `Code`, a callable ``(x, target, units, generator) -> s``, a
             scikit-learn transformer, a tensor ``[samples, units]``, or a mapping from name pattern to any of these.
-        encoding_weight: lambda, the weight of encoding against decoding; positive.
+        encoding_weight: lambda, the weight of encoding against decoding in all layers; positive. None means 4, and for
+            the head the weight of least generalised cross-validation error on the calibration data.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
         head: the name of the layer whose outputs are the logits or predictions; "auto" takes the last layer whose width
@@ -141,11 +145,17 @@ def initialize_(
 class _Settings:
     """What the user asked for."""
 
-    encoding_weight: float
+    encoding_weight: float | None
     variance: float
     rows: Rows
     solver: str
     progress: Callable[[int, int, str], None] | None
+
+    def weight_of(self, door: Door) -> float | None:
+        """Lambda of a layer; None where it is to be chosen."""
+        if self.encoding_weight is None and not door.head:
+            return ENCODING_WEIGHT
+        return self.encoding_weight
 
     def budget(self, view: View, needs: str, total: int, short_way: float | None) -> int | None:
         """How many of ``total`` rows to read for a layer; None for all.
@@ -321,7 +331,7 @@ class _Pass:
             door.name,
             code,
             view.units,
-            self._settings.encoding_weight,
+            self._settings.weight_of(door),
             self._settings.variance,
             seed + 1,
             self._role(door),
@@ -340,7 +350,9 @@ class _Pass:
     def _from_moments(self, gathered: Gathered, problem: Problem) -> Solution:
         """By the projected route, which needs float32 moments only, where that pays and serves; exactly elsewhere."""
         note = ""
-        if self._settings.solver == "auto" and projected_pays(problem.code, problem.units, gathered.view.dim):
+        chosen = problem.encoding_weight is None  # which takes all axes
+        pays = projected_pays(problem.code, problem.units, gathered.view.dim)
+        if self._settings.solver == "auto" and pays and not chosen:
             rough = gathered.covariance(self._processes, torch.float32)
             solution, note = self._processes.together(lambda: approximate_layer(rough, problem))
             if all(self._processes.agree(lambda: solution is not None)):
@@ -392,6 +404,7 @@ class _Pass:
             shape=(view.groups, view.units, view.dim),
             reason="; ".join(filter(None, (record.reason, solution.note))),
             solver=solution.route,
+            encoding_weight=solution.encoding_weight,
             rank=int(torch.linalg.matrix_rank(small @ small.mT, hermitian=True, rtol=1e-10).sum()),
             residual=float(solution.residual),
             encoding_error=float(solution.encoding_error),
@@ -448,6 +461,8 @@ def _check_arguments(
     if not isinstance(model, nn.Module):
         raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, value in (("encoding_weight", encoding_weight), ("variance", variance)):
+        if value is None and name == "encoding_weight":
+            continue
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise SylinitError(f"{name} must be a positive finite number, got {value!r}")
     if not (head is None or isinstance(head, str)):

@@ -25,6 +25,7 @@ class Solution:
         bias: ``[g, k]``, calibrated.
         dead: ``[g, k]``, units that are zero.
         alive: ``[g]``, groups whose input varies; the others have no meaningful weight here.
+        encoding_weight: lambda; of the last group where each has its own.
         residual: ``||A W + W B - C|| / ||C||``, the largest of the groups that were solved together.
         encoding_error: ``||W X - S||^2 / ||S||^2``.
         decoding_error: ``||X - W^T S||^2 / ||X||^2``.
@@ -36,6 +37,7 @@ class Solution:
     bias: Tensor
     dead: Tensor
     alive: Tensor
+    encoding_weight: float
     residual: Tensor
     encoding_error: Tensor
     decoding_error: Tensor
@@ -72,6 +74,7 @@ def _solve(cov: Covariance, problem: Problem, fit: Callable[[Covariance, Problem
         bias=done.offset - (done.weight @ cov.mean_x.unsqueeze(2)).squeeze(2),
         dead=done.dead,
         alive=cov.variance > 1e-12 * cov.mean_x.square().mean(1) + 1e-30,
+        encoding_weight=found.encoding_weight,
         residual=found.residual,
         encoding_error=found.encoding_error,
         decoding_error=found.decoding_error,
@@ -98,6 +101,7 @@ def solve_layer_from_rows(rows: Tensor, targets: Tensor, problem: Problem) -> So
         bias=joined("bias"),
         dead=joined("dead"),
         alive=joined("alive"),
+        encoding_weight=groups[-1].encoding_weight,
         residual=torch.stack([group.residual for group in groups]).max(),
         encoding_error=torch.stack([group.encoding_error for group in groups]).mean(),
         decoding_error=torch.stack([group.decoding_error for group in groups]).mean(),

@@ -115,6 +115,7 @@ class Moments:
             xx[:, column + BLOCK :, block] = xx[:, block, column + BLOCK :].mT
         return Covariance(
             dim=mean_x.shape[1],
+            count=self.count,
             mean_x=mean_x,
             mean_t=mean_t,
             xx=xx,
@@ -129,6 +130,7 @@ class Covariance:
 
     Attributes:
         dim: d, the number of coordinates of a row.
+        count: n, the number of rows, a float64 scalar.
         mean_x: ``[g, d]``.
         mean_t: ``[c]``.
         xx: ``[g, d, d]``, the covariance of the rows.
@@ -137,6 +139,7 @@ class Covariance:
     """
 
     dim: int
+    count: Tensor
     mean_x: Tensor
     mean_t: Tensor
     xx: Tensor

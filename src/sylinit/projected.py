@@ -12,12 +12,12 @@ With ``A = U diag(a) U^T`` the equation ``A W + W (lambda Cov) = C`` falls apart
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sylinit.conjugate import conjugate_gradients
 from sylinit.eigh import robust_eigh
 from sylinit.subspace import Subspace
 from sylinit.sylvester import pair_inverse
@@ -71,8 +71,6 @@ def solve_projected(
 
     Returns:
         The solution in the dtype of ``c``, and its true residual.
-
-    Source: Hestenes and Stiefel, *Methods of conjugate gradients*, 1952; with a spectral preconditioner.
     """
     unit = a.diagonal().mean(dtype=torch.float64) + encoding_weight * covariance.diagonal().mean(dtype=torch.float64)
     unit = torch.where(unit > 0, unit, 1)  # small things are divided by it, to stay clear of float32's limits
@@ -114,7 +112,7 @@ def solve_projected(
         def finished(x: Tensor) -> bool:
             return bool(torch.hypot(done, x.norm()) <= tolerance)
 
-        w[left], r[left], steps = _conjugate_gradients(apply, precondition, w[left], r[left], finished, max_steps)
+        w[left], r[left], steps = conjugate_gradients(apply, precondition, w[left], r[left], finished, max_steps)
     remainder[rows] = r
     weight = torch.zeros_like(remainder)
     weight[rows] = w
@@ -138,34 +136,3 @@ def _factorised(b: Tensor, a: Tensor, right: Tensor) -> Tensor | None:
     if bool(failed):
         return None
     return torch.cholesky_solve(right.T, factor).T
-
-
-def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    precondition: Callable[[Tensor], Tensor],
-    w: Tensor,
-    r: Tensor,
-    finished: Callable[[Tensor], bool],
-    max_steps: int,
-) -> tuple[Tensor, Tensor, int]:
-    """All rows at once, from a guess ``w`` and what it leaves, ``r``."""
-    steps, p, rho = 0, torch.zeros_like(r), torch.ones_like(r[:, :1])
-    while steps < max_steps and not finished(r):
-        z = precondition(r)
-        previous, rho = rho, _dot(r, z)
-        p = z + _ratio(rho, previous) * p
-        applied = apply(p)
-        alpha = _ratio(rho, _dot(p, applied))
-        w, r = w + alpha * p, r - alpha * applied
-        steps += 1
-    return w, r, steps
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of the rows of two matrices, ``[k, 1]``."""
-    return (x * y).sum(1, keepdim=True)
-
-
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    """``x / y``, 0 where ``y`` is: a row that is solved stays as it is."""
-    return torch.where(y > 0, x / torch.where(y > 0, y, 1), 0)

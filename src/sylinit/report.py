@@ -25,6 +25,7 @@ class LayerReport:
         rows: number of rows of input that were read.
         solver: "exact", "row-space" or "projected".
         rank: numerical rank of the weight, summed over groups.
+        encoding_weight: lambda, as given or as chosen.
         residual: ``||A W + W B - C|| / ||C||``.
         encoding_error: ``||W X - S||^2 / ||S||^2``.
         decoding_error: ``||X - W^T S||^2 / ||X||^2``.
@@ -41,6 +42,7 @@ class LayerReport:
     rows: int = 0
     solver: str = ""
     rank: int | None = None
+    encoding_weight: float | None = None
     residual: float | None = None
     encoding_error: float | None = None
     decoding_error: float | None = None

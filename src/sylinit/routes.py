@@ -14,6 +14,7 @@ from sylinit.moments import Covariance
 from sylinit.projected import solve_projected
 from sylinit.subspace import principal_subspace, signs
 from sylinit.sylvester import solve_diagonal
+from sylinit.validation import least_error_weight
 
 SMALL = 512
 """Below this d a decomposition takes milliseconds, and the exact answer is as good as free."""
@@ -32,7 +33,7 @@ class Problem:
         name: the layer's name, for messages.
         code: the latent code.
         units: k, the units of each group.
-        encoding_weight: lambda.
+        encoding_weight: lambda; None for the one of least cross-validation error, which the exact route finds.
         variance: of each unit's output after calibration.
         seed: of everything random.
         role: what its outputs are: "units", "directions" (units whose scale a normalisation will undo), "logits" or
@@ -42,7 +43,7 @@ class Problem:
     name: str
     code: Code
     units: int
-    encoding_weight: float
+    encoding_weight: float | None
     variance: float
     seed: int
     role: str = "units"
@@ -61,6 +62,7 @@ class Fit:
 
     Attributes:
         weight: ``W``, ``[g, k, d]``.
+        encoding_weight: lambda.
         residual: ``||A W + W B - C|| / ||C||`` over all groups.
         encoding_error: ``||W X - S||^2 / ||S||^2``.
         decoding_error: ``||X - W^T S||^2 / ||X||^2``.
@@ -68,6 +70,7 @@ class Fit:
     """
 
     weight: Tensor
+    encoding_weight: float
     residual: Tensor
     encoding_error: Tensor
     decoding_error: Tensor
@@ -81,9 +84,13 @@ def fit_exact(cov: Covariance, problem: Problem) -> Fit:
     cross = code.on_x * axes.variances.unsqueeze(1) + code.on_t @ axes.xt.mT
     made_of = torch.cat([code.on_x, code.on_t], 2)  # E of S = E [x, t]
     span = torch.linalg.qr(made_of)[0] if made_of.shape[1] > made_of.shape[2] else None
-    weight = solve_diagonal(gram, problem.encoding_weight * axes.variances, (1 + problem.encoding_weight) * cross, span)
+    encoding_weight = problem.encoding_weight
+    if encoding_weight is None:
+        a, u = robust_eigh(gram)
+        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, cov.count)
+    weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross, span)
     weight, cross = weight @ axes.basis.mT, cross @ axes.basis.mT
-    return _judged(weight, gram @ weight, weight @ cov.xx, gram, cross, cov, problem, "exact")
+    return _judged(weight, gram @ weight, weight @ cov.xx, gram, cross, cov, encoding_weight, "exact")
 
 
 def fit_projected(cov: Covariance, problem: Problem) -> Fit | None:
@@ -97,7 +104,9 @@ def fit_projected(cov: Covariance, problem: Problem) -> Fit | None:
         None where an axis is so weak that float32 cannot tell it from rounding.
     """
     components, generator = leading_components(problem.code, problem.units), problem.generator()
+    encoding_weight = problem.encoding_weight
     assert components is not None
+    assert encoding_weight is not None
     found = [principal_subspace(xx, subspace_rank(components), generator) for xx in cov.xx]
     basis, image = (torch.stack([getattr(each, part) for each in found]).double() for part in ("basis", "image"))
     variances = torch.stack([each.variances for each in found])
@@ -107,15 +116,15 @@ def fit_projected(cov: Covariance, problem: Problem) -> Fit | None:
     axes = Axes(basis, variances, basis.mT @ cov.xt, cov.tt)
     code, gram = _scaled(_code(problem, axes), axes, cov)
     cross = code.on_x @ image.mT + code.on_t @ cov.xt.mT
-    right = (1 + problem.encoding_weight) * cross
+    right = (1 + encoding_weight) * cross
     solved = [
-        solve_projected(a, xx, c, subspace, encoding_weight=problem.encoding_weight)
+        solve_projected(a, xx, c, subspace, encoding_weight=encoding_weight)
         for a, xx, c, subspace in zip(gram, cov.xx, right, found, strict=True)
     ]
     weight, remainder = (torch.stack([getattr(each, part) for each in solved]) for part in ("weight", "remainder"))
     decoded = gram @ weight
-    encoded = (right - remainder - decoded) / problem.encoding_weight  # W Cov, without another product
-    return _judged(weight, decoded, encoded, gram, cross, cov, problem, "projected")
+    encoded = (right - remainder - decoded) / encoding_weight  # W Cov, without another product
+    return _judged(weight, decoded, encoded, gram, cross, cov, encoding_weight, "projected")
 
 
 def projected_pays(code: Code, units: int, dim: int) -> bool:
@@ -181,20 +190,21 @@ def _judged(
     gram: Tensor,
     cross: Tensor,
     cov: Covariance,
-    problem: Problem,
+    encoding_weight: float,
     route: str,
 ) -> Fit:
     """Measure how far ``W`` satisfies its equation and what it leaves of code and rows.
 
     ``decoded`` is ``A W`` and ``encoded`` is ``W Cov``.
     """
-    right = (1 + problem.encoding_weight) * cross
-    left = decoded + problem.encoding_weight * encoded
+    right = (1 + encoding_weight) * cross
+    left = decoded + encoding_weight * encoded
     agreement = 2 * (weight * cross).sum()
     code_energy = gram.diagonal(dim1=1, dim2=2).sum().clamp(min=_TINY)
     row_energy = (cov.variance.sum() * cov.dim).clamp(min=_TINY)
     return Fit(
         weight=weight,
+        encoding_weight=encoding_weight,
         residual=(left - right).norm() / right.norm().clamp(min=_TINY),
         encoding_error=1 + ((encoded * weight).sum() - agreement) / code_energy,
         decoding_error=1 + ((decoded * weight).sum() - agreement) / row_energy,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sylinit.conjugate import conjugate_gradients
 from sylinit.eigh import robust_eigh
 from sylinit.errors import SylinitError
 from sylinit.subspace import row_space
@@ -24,7 +25,7 @@ LARGE = 256
 REGULAR = 1e-4
 """The smallest ``a_i + b_j``, as a share of the largest diagonal entries, that float32 can be refined from."""
 
-REFINEMENTS = 8
+STEPS = 8
 
 EXACT = 1e-13
 """A relative residual that counts as that of float64."""
@@ -105,9 +106,9 @@ def _double_precision(a: Tensor, b: Tensor, c: Tensor, rtol: float) -> tuple[Ten
 
 
 def _mixed_precision(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
-    """By eigendecompositions in float32, in a third of the time, refined with residuals in float64.
+    """By conjugate gradients in float64, with the inverse by a float32 eigendecomposition of ``B`` as preconditioner.
 
-    Each refinement gains as many digits as float32 tells from the smallest ``a_i + b_j``.
+    That takes a third of the time of one in float64, and each step gains about four digits.
 
     Returns:
         The solution and its rank; None for small systems, where nothing is gained, and for those that are not regular
@@ -125,15 +126,22 @@ def _mixed_precision(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor] |
     inverse = pair_inverse(values_a.float(), values_b, 0.0)
     c = u.mT @ c
     norm = torch.linalg.matrix_norm(c)
-    w, remainder, size = torch.zeros_like(c), c, norm
-    for _ in range(REFINEMENTS):
-        scale = torch.where(size > 0, size, 1)[..., None, None]  # float32 is to see numbers of order one
-        w = w + ((inverse * ((remainder / scale).float() @ v)) @ v.mT).double() * scale
-        remainder = c - values_a[..., None] * w - w @ b
-        size = torch.linalg.matrix_norm(remainder)
-        if bool((size <= EXACT * norm).all()):
-            return u @ w, torch.full_like(norm, c.shape[-2] * c.shape[-1], dtype=torch.long)
-    return None
+
+    def apply(w: Tensor) -> Tensor:
+        return values_a[..., None] * w + w @ b
+
+    def precondition(r: Tensor) -> Tensor:
+        size = r.norm(dim=(-2, -1), keepdim=True)
+        size = torch.where(size > 0, size, 1)  # float32 is to see numbers of order one
+        return ((inverse * ((r / size).float() @ v)) @ v.mT) * size
+
+    def finished(r: Tensor) -> bool:
+        return bool((torch.linalg.matrix_norm(r) <= EXACT * norm).all())
+
+    w, r, _ = conjugate_gradients(apply, precondition, torch.zeros_like(c), c, finished, STEPS)
+    if not finished(r):
+        return None
+    return u @ w, torch.full_like(norm, c.shape[-2] * c.shape[-1], dtype=torch.long)
 
 
 def solve_diagonal(a: Tensor, b: Tensor, c: Tensor, span: Tensor | None = None) -> Tensor:

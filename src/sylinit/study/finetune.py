@@ -232,25 +232,13 @@ def ridge_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
 
 
 def sylinit_part(which: Callable[[nn.Module], list[str]]) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
-    """A start that computes the layers that `which` names, the head among them, and keeps the others as pretrained.
-
-    The head comes last, with its own `encoding_weight`: that of least leave-one-out error. The code of the logits,
-    centred one-hot labels of c balanced classes at the features' mean variance v, has ``S S^T / n = v c / (c - 1)``,
-    so their Sylvester equation is ridge regression with the penalty ``n v c / ((c - 1) lambda)``.
-    """
+    """A start that computes the layers that `which` names, the head among them, and keeps the others as pretrained."""
 
     def start(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
         from sylinit import initialize_
 
         parts = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-        *inner, head = which(model)
-        if inner:
-            initialize_(model, parts, layers=inner, generator=torch.Generator().manual_seed(seed))
-        rows, classes = features(model, x), _head(model).out_features
-        *_, penalty = fit_ridge(rows, y, classes)
-        variance = rows.double().var(0, correction=0).mean().item()
-        weight = len(rows) * variance * classes / (classes - 1) / penalty
-        initialize_(model, parts, layers=head, encoding_weight=weight, generator=torch.Generator().manual_seed(seed))
+        initialize_(model, parts, layers=which(model), generator=torch.Generator().manual_seed(seed))
 
     return start
 

@@ -1,0 +1,107 @@
+"""The encoding weight of a head, against hat matrices written out and rows left out one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylinit
+from sylinit.codes import Code, select_target
+from sylinit.moments import Moments
+from sylinit.routes import Problem, fit_exact
+from sylinit.sylvester import sylvester_
+from sylinit.validation import WEIGHTS, least_error_weight
+
+COUNT, DIM, CLASSES = 40, 12, 3
+
+
+def data(noise: float, seed: int = 0, count: int = COUNT) -> tuple[Tensor, Tensor]:
+    """Rows around the mean of their class, and the classes; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % CLASSES
+    means = torch.randn(CLASSES, DIM, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(0, -2, DIM, dtype=torch.float64)
+    rows = means[y] + noise * torch.randn(count, DIM, generator=generator, dtype=torch.float64)
+    return rows * scales, y
+
+
+def head_weight(x: Tensor, y: Tensor) -> float:
+    """What the library chooses for a head on these rows."""
+    t = nn.functional.one_hot(y).double()
+    cov = Moments.zeros(1, x.shape[1], CLASSES).update(x.unsqueeze(0), t).covariance()
+    problem = Problem("head", Code("head", select_target, "moments", labels=True), CLASSES, None, 1.0, 0, "logits")
+    return fit_exact(cov, problem).encoding_weight
+
+
+def scaled_code(x: Tensor, y: Tensor) -> Tensor:
+    """Centred one-hot labels at the root mean square of the centred rows."""
+    s = nn.functional.one_hot(y).double()
+    s = s - s.mean(0)
+    return s * (x - x.mean(0)).square().mean().sqrt() / s.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 5.0])
+def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
+    x, y = data(noise)
+    s = scaled_code(x, y)
+    a, u = torch.linalg.eigh(s.T @ s / COUNT)
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / COUNT
+    errors = []
+    for weight in WEIGHTS.tolist():
+        error = 0.0
+        for size, code in zip(a, (s @ u).T, strict=True):
+            if size < 1e-12:
+                continue
+            inverse = torch.linalg.inv(size * torch.eye(DIM, dtype=torch.float64) + weight * covariance)
+            hat = weight * centred @ inverse @ centred.T / COUNT + 1 / COUNT
+            rest = code - hat @ code
+            error += float(rest.square().mean()) / (1 - float(hat.trace()) / COUNT) ** 2
+        errors.append(error)
+    assert head_weight(x, y) == pytest.approx(float(WEIGHTS[torch.tensor(errors).argmin()]))
+
+
+def test_the_weight_predicts_left_out_rows_about_as_well_as_the_best():
+    """Leaving every row out, one after the other, and looking at the error there."""
+    x, y = data(2.0, seed=3)
+    s = scaled_code(x, y)
+
+    def left_out(weight: float) -> float:
+        total = 0.0
+        for row in range(COUNT):
+            rest = torch.arange(COUNT) != row
+            known = s[rest] - s[rest].mean(0)
+            w = sylvester_(torch.empty(CLASSES, DIM, dtype=torch.float64), x[rest], known, encoding_weight=weight)
+            scale = (x[rest] - x[rest].mean(0)).square().mean().sqrt() / known.square().mean().sqrt()
+            shrunk = (x[row] - x[rest].mean(0)) @ w.T * weight / (1 + weight) / scale
+            total += float((shrunk - (s[row] - s[rest].mean(0))).square().sum())
+        return total
+
+    best = min(left_out(weight) for weight in WEIGHTS[::4].tolist())
+    assert left_out(head_weight(x, y)) <= 1.05 * best
+
+
+def test_the_fewer_and_noisier_the_rows_the_more_a_head_shrinks():
+    few, many = (head_weight(*data(5.0, count=count)) for count in (20, 2000))
+    assert few < many
+
+
+def test_constant_rows_choose_something():
+    zero = torch.zeros(1, 3, dtype=torch.float64)
+    assert least_error_weight(zero, zero, torch.zeros(1, 3, 3).double(), torch.tensor(5.0)) in WEIGHTS.tolist()
+
+
+def test_only_the_head_chooses_and_only_where_nothing_is_asked_for():
+    x, y = data(1.0)
+    batches = [(x.float(), y)]
+
+    def weights(**arguments: object) -> list[float | None]:
+        model = nn.Sequential(nn.Linear(DIM, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+        return [layer.encoding_weight for layer in sylinit.initialize_(model, batches, **arguments).initialised]
+
+    inner, head = weights()
+    assert inner == 4.0
+    assert head in WEIGHTS.tolist()
+    assert weights(encoding_weight=2.0) == [2.0, 2.0]
+    assert weights(head=None) == [4.0, 4.0]
