@@ -16,8 +16,8 @@ from sylinit.subspace import principal_subspace, signs
 from sylinit.sylvester import solve_diagonal
 from sylinit.validation import least_error_weight
 
-SMALL = 512
-"""Below this d a decomposition takes milliseconds, and the exact answer is as good as free."""
+SMALL = 256
+"""Below this d a decomposition takes a few milliseconds, and the exact answer is as good as free."""
 
 SINGLE = 1e-5
 """Float32 tells an axis from rounding if its variance is at least this share of the largest second moment."""
