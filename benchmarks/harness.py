@@ -69,13 +69,13 @@ def save_figure(figure: Any, name: str) -> None:
         figure.savefig(RESULTS / f"{name}.{suffix}", dpi=150)
 
 
-def ceilings(device: str, size: int = 1536) -> dict[str, float]:
+def ceilings(device: str, size: int = 2048) -> dict[str, float]:
     """What the machine can do at best: GFLOP/s of large matrix products, GB/s of copying."""
     found = {}
     for dtype in (torch.float32, torch.float64):
         a = torch.randn(size, size, dtype=dtype, device=device)
         b = torch.empty_like(a)
-        best = min(seconds(lambda a=a, b=b: torch.mm(a, a, out=b)) for _ in range(5))
+        best = min(seconds(lambda a=a, b=b: torch.mm(a, a, out=b)) for _ in range(10))
         found[f"{dtype}_gflops".removeprefix("torch.")] = round(2e-9 * size**3 / best, 1)
     a = torch.zeros(1 << 25, device=device)
     b = torch.empty_like(a)

@@ -1,6 +1,6 @@
 """The Sylvester solver: exact against SciPy, projected against exact, and what projecting costs in accuracy.
 
-    python benchmarks/solver.py DIRECTORY [--repeats 5] [--scipy-repeats 3] [--seeds 3] [--fresh]
+    python benchmarks/solver.py DIRECTORY [--repeats 5] [--scipy-repeats 5] [--seeds 3] [--fresh]
 
 DIRECTORY holds CIFAR-10 as Parquet files (or is a hub id). Every answer is checked before it is timed; the two sides
 alternate within one process; medians are reported. SciPy takes about 20 s for its larger case and is repeated less
@@ -236,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scipy-repeats", type=int, default=3, help="of SciPy at 512 x 2304")
+    parser.add_argument("--scipy-repeats", type=int, default=5, help="of SciPy at 512 x 2304")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     given = parser.parse_args()
