@@ -181,7 +181,7 @@ def draw(rows: dict[str, dict[str, Any]]) -> None:
         place.grid(alpha=0.3)
     axes[0].set_ylim(bottom=0)  # shared, and only now that all is drawn
     axes[0].set_ylabel("cost in forward passes")
-    axes[0].annotate("one forward pass", (0.03, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axes[0].annotate("one forward pass", (0.03, 1), xycoords=("axes fraction", "data"), va="top", fontsize=8)
     axes[-1].legend(frameon=False)
     save_figure(figure, "one_pass")
 
