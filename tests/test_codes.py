@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
-from sylinit.codes import CODES, Axes, fill, orthogonal_rows, target_units
+from sylinit.codes import CODES, LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, fill, orthogonal_rows, target_units
 from sylinit.errors import SylinitError
 
 NAMES = ["pca", "label", "mixed", "lda", "random", "random_projection", "kmeans", "ica", "nmf"]
@@ -142,6 +142,22 @@ def test_the_share_of_label_units_is_what_was_asked_for(share, groups, units):
     assert bool((code.on_x.abs().sum(2)[~by_label] > 0).all())
     code_variance = (code.on_x.square() * variances.unsqueeze(1)).sum(2) + (code.on_t @ covariance * code.on_t).sum(2)
     torch.testing.assert_close(code_variance, torch.ones(groups, units).double(), rtol=0, atol=1e-9)
+
+
+def test_the_default_code_has_more_label_units_where_a_normalisation_follows():
+    x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 5
+
+    def weights(code: Any) -> list[Tensor]:
+        convolutions = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False)
+        model = nn.Sequential(*convolutions, nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 5))
+        sylinit.initialize_(model, [(x, y)], code=code)
+        return [layer.weight.detach() for layer in convolutions]
+
+    default = weights("mixed")
+    assert torch.equal(default[0], weights(sylinit.mixed(LABEL_SHARE))[0])
+    fixed = weights({"0": sylinit.mixed(LABEL_SHARE), "1": sylinit.mixed(NORMALISED_LABEL_SHARE)})
+    assert torch.equal(default[1], fixed[1])
+    assert not torch.allclose(default[1], weights(sylinit.mixed(LABEL_SHARE))[1])
 
 
 @pytest.fixture

@@ -166,6 +166,28 @@ def test_training_learns_and_its_curve_agrees() -> None:
     assert not outcome.diverged
 
 
+def test_mixed_precision_rounds_the_steps_and_not_the_measuring() -> None:
+    x, y = vectors(count=90)
+    start = nn.Linear(12, 3)
+    trained, outcomes = [], []
+    for precision in ("float32", "bfloat16"):
+        model, dtypes = copy.deepcopy(start), set()
+        model.register_forward_hook(lambda m, _, out, found=dtypes: found.add((m.training, out.dtype)))
+        recipe = Recipe(lr=0.05, epochs=8, points=4, precision=precision)
+        outcomes.append(train(model, x, y, x, y, recipe, classes=3, seed=0))
+        assert dtypes == {(True, getattr(torch, precision)), (False, torch.float32)}
+        assert model.weight.dtype == torch.float32
+        trained.append(model.weight.detach())
+    assert not torch.equal(*trained)
+    torch.testing.assert_close(*trained, rtol=0.05, atol=0.02)
+    assert outcomes[1].after > 0.9
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(SylinitError, match="'float32' or 'bfloat16'"):
+        Recipe(lr=0.1, precision="float8").autocast(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_divergence_is_an_outcome(optimiser: str) -> None:
     x, y = vectors()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,7 @@ class Code:
         leading: how many principal components of the rows it reads, as a share of the units, if those are the leading
             ones; None where it may read any. It decides whether a large layer can do without the others.
         values: a code given as numbers, ``[samples, m]``: it takes the place of the targets.
+        normalised: the code that takes its place in layers that feed a normalisation, if any.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Code:
     fallback: str | None = None
     leading: float | None = None
     values: Tensor | None = None
+    normalised: Code | None = None
 
     def without_labels(self, layer: str, reason: str, remedy: str) -> Code:
         """What takes its place in a layer where its labels tell nothing.
@@ -272,12 +274,27 @@ def label(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     return LinearCode(told_apart(axes, torch.ones_like(on_t[..., 0], dtype=torch.bool), generator), on_t)
 
 
-def mixed(label_share: float = 0.25) -> Code:
+LABEL_SHARE = 0.125
+"""Of the units of the default code: how many are label units."""
+
+NORMALISED_LABEL_SHARE = 0.25
+"""The same in layers that feed a normalisation.
+
+Label units lie along few, strong directions of the rows. Without a normalisation that makes the loss more curved, and
+training less stable, the more there are of them.
+"""
+
+
+def mixed(label_share: float | None = None) -> Code:
     """The default code: whitened principal components, with label units evenly in between.
 
     Args:
-        label_share: the share of label units, 0 to 1.
+        label_share: the share of label units, 0 to 1. None means `NORMALISED_LABEL_SHARE` in layers that feed a
+            normalisation and `LABEL_SHARE` in the others.
     """
+    if label_share is None:
+        normalised = replace(mixed(NORMALISED_LABEL_SHARE), name="mixed")
+        return replace(mixed(LABEL_SHARE), name="mixed", normalised=normalised)
     if not 0 <= label_share <= 1:
         raise SylinitError(f"mixed: label_share must lie between 0 and 1, got {label_share}")
 
@@ -295,8 +312,7 @@ def mixed(label_share: float = 0.25) -> Code:
         on_t[is_label] = directions
         return LinearCode(on_x, on_t)
 
-    name = "mixed" if label_share == 0.25 else f"mixed({label_share:g})"
-    return Code(name, function, "moments", labels=True, fallback="pca", leading=1 - label_share)
+    return Code(f"mixed({label_share:g})", function, "moments", labels=True, fallback="pca", leading=1 - label_share)
 
 
 CODES["mixed"] = mixed()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sylinit.calibrate import norm_sums, rescale_fresh, write_statistics
+from sylinit.calibrate import norm_sums, start_fresh, write_statistics
 from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
 from sylinit.errors import SylinitError, UnsupportedLayerError
@@ -20,14 +20,14 @@ from sylinit.gather import Gathered, gather, not_finite, require_finite
 from sylinit.lanes import Lanes
 from sylinit.layer import Solution, approximate_layer, solve_layer, solve_layer_from_rows
 from sylinit.offload import Offload
-from sylinit.plan import Door, Plan, make_plan
+from sylinit.plan import Door, Plan, feeds_normalisation, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
 from sylinit.routes import Problem, projected_pays
 from sylinit.shards import Shards
 from sylinit.snapshot import Snapshot
 from sylinit.targets import Targets
-from sylinit.views import AttentionOutputView, ConvView, View
+from sylinit.views import AttentionOutputView, View
 
 Rows = int | Literal["all"] | None
 
@@ -305,8 +305,8 @@ class _Pass:
             raise SylinitError(not_finite(door.name))
         self._snapshot.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
-        if door.selected and rescale_fresh(norm):
-            self._snapshot.keep(norm.weight)
+        if door.selected and start_fresh(norm):
+            self._snapshot.keep(norm.weight, norm.bias)
         return LayerReport(door.name, door.kind, "recalibrated", rows=int(sums[0, 0]))
 
     def _matrix(self, door: Door, number: int, waiting: dict[int, Any]) -> LayerReport:
@@ -372,10 +372,10 @@ class _Pass:
         return self._data.targets
 
     def _role(self, door: Door) -> str:
-        """What the layer's outputs are; a convolution without a bias is taken to feed a normalisation layer."""
+        """What the layer's outputs are."""
         if door.head:
             return "logits" if self._data.kind.categorical else "values"
-        return "directions" if isinstance(door.view, ConvView) and not door.view.has_bias else "units"
+        return "directions" if feeds_normalisation(door.view) else "units"
 
     def _write(self, door: Door, solution: Solution, record: LayerReport) -> LayerReport:
         """Write a solution into the module; every process writes the numbers of the first."""

@@ -16,7 +16,7 @@ from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.report import LayerReport
 from sylinit.select import matches, require_match, selector
 from sylinit.targets import TargetKind
-from sylinit.views import View, views_of
+from sylinit.views import ConvView, View, views_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Door:
     def device(self) -> torch.device:
         """Where the layer is."""
         return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+
+def feeds_normalisation(view: View | None) -> bool:
+    """Whether a layer's outputs feed a normalisation: a convolution without a bias is taken to."""
+    return isinstance(view, ConvView) and not view.has_bias
 
 
 HEAD = Code("head", select_target, "moments", labels=True, leading=1.0)
@@ -92,7 +97,7 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
         _require_writable(view)
         owners.update({id(parameter): view.name for parameter in view.parameters})
         is_head = view is head_view
-        its_code = HEAD if is_head else _with_targets(code_of(view.name), view.name, kind)
+        its_code = HEAD if is_head else _with_targets(_in_place(code_of(view.name), view), view.name, kind)
         doors.append(Door(view.name, view.module, view, its_code, is_head))
     _refuse(left, modules, chosen)
     if not doors:
@@ -143,6 +148,11 @@ def _codes(code: Any, names: list[str]) -> Any:
         require_match(pattern, names, "code")
     table = [(pattern, as_code(value)) for pattern, value in code.items()]
     return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
+
+
+def _in_place(code: Code, view: View) -> Code:
+    """The code itself, or the one that takes its place in layers that feed a normalisation."""
+    return code.normalised if code.normalised and feeds_normalisation(view) else code
 
 
 def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:

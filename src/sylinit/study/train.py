@@ -30,6 +30,8 @@ class Recipe:
         flip: mirror each image left to right half of the time.
         crop: shift each image by up to so many pixels, zeros filling in.
         points: how often the learning curve is measured.
+        precision: of a step: ``"float32"``, or ``"bfloat16"`` for mixed precision (`torch.autocast`; weights and
+            loss stay in float32). Accuracy is always measured in float32.
     """
 
     lr: float
@@ -40,10 +42,17 @@ class Recipe:
     flip: bool = False
     crop: int = 0
     points: int = 10
+    precision: str = "float32"
 
     def size(self, samples: int) -> int:
         """Samples a step."""
         return min(samples, self.batch_size or min(128, max(16, samples // 10)))
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Mixed precision on `device`, where the recipe asks for it."""
+        if self.precision not in ("float32", "bfloat16"):
+            raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {self.precision!r}")
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def make_optimiser(self, parameters: list[nn.Parameter] | list[Tensor]) -> torch.optim.Optimizer:
         """The optimiser over `parameters`."""
@@ -123,7 +132,9 @@ def train(
         began = time.perf_counter()
         model.train()
         for index in batches(len(x), size, generator):
-            loss = F.cross_entropy(model(augment(x[index], recipe, generator)), y[index])
+            with recipe.autocast(x.device):
+                logits = model(augment(x[index], recipe, generator))
+            loss = cross_entropy(logits, y[index])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -142,6 +153,11 @@ def train(
     if diverged:
         curve = [*[point for point in curve if math.isfinite(point[1])], (float(recipe.epochs), chance)]
     return Outcome(before, _or(after, chance), tuple(curve), area_under(curve), diverged, seconds)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """The mean cross-entropy, in float32 at least."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from sylinit.errors import SylinitError
-from sylinit.study.train import Recipe, augment, batches
+from sylinit.study.train import Recipe, augment, batches, cross_entropy
 
 
 def train_together(
@@ -59,7 +58,9 @@ def train_together(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def loss_of(weights: dict[str, Tensor], state: dict[str, Tensor], sample: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(skeleton, (weights, state), (sample,)), label)
+        with recipe.autocast(x.device):
+            logits = functional_call(skeleton, (weights, state), (sample,))
+        return cross_entropy(logits, label)
 
     members = torch.arange(len(models))[:, None]
     losses = torch.zeros(len(models))
