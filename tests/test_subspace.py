@@ -171,13 +171,14 @@ def test_the_projected_route_pays_for_few_components_of_many_dimensions():
 
 VGG = """
 import resource, torch
-from sylinit import sylvester_
-x, s = torch.randn(1000, 25088), torch.randn(1000, 64)
-weight = torch.empty(64, 25088)
+from sylinit import initialize_
+x, y = torch.randn(1000, 25088), torch.arange(1000) % 10
+model = torch.nn.Linear(25088, 4096)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sylvester_(weight, x, s)
+(layer,) = initialize_(model, [(x, y)], head=None).initialised
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-assert weight.isfinite().all() and weight.std() > 0
+assert (layer.solver, layer.rank) == ("row-space", 999) and layer.residual < 1e-9
+assert model.weight.isfinite().all()
 """
 
 

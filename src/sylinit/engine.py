@@ -398,14 +398,13 @@ class _Pass:
             view.write(weight, bias if view.has_bias else None)
         except UnsupportedLayerError as error:
             return replace(record, action="left alone", reason=str(error), code="")
-        small = weight if view.units <= view.dim else weight.mT
         return replace(
             record,
             shape=(view.groups, view.units, view.dim),
             reason="; ".join(filter(None, (record.reason, solution.note))),
             solver=solution.route,
             encoding_weight=solution.encoding_weight,
-            rank=int(torch.linalg.matrix_rank(small @ small.mT, hermitian=True, rtol=1e-10).sum()),
+            rank=solution.rank,
             residual=float(solution.residual),
             encoding_error=float(solution.encoding_error),
             decoding_error=float(solution.decoding_error),

@@ -25,6 +25,7 @@ class Solution:
         bias: ``[g, k]``, calibrated.
         dead: ``[g, k]``, units that are zero.
         alive: ``[g]``, groups whose input varies; the others have no meaningful weight here.
+        rank: numerical rank of the weight, summed over groups.
         encoding_weight: lambda; of the last group where each has its own.
         residual: ``||A W + W B - C|| / ||C||``, the largest of the groups that were solved together.
         encoding_error: ``||W X - S||^2 / ||S||^2``.
@@ -37,6 +38,7 @@ class Solution:
     bias: Tensor
     dead: Tensor
     alive: Tensor
+    rank: int
     encoding_weight: float
     residual: Tensor
     encoding_error: Tensor
@@ -74,6 +76,7 @@ def _solve(cov: Covariance, problem: Problem, fit: Callable[[Covariance, Problem
         bias=done.offset - (done.weight @ cov.mean_x.unsqueeze(2)).squeeze(2),
         dead=done.dead,
         alive=cov.variance > 1e-12 * cov.mean_x.square().mean(1) + 1e-30,
+        rank=_rank(done.weight),
         encoding_weight=found.encoding_weight,
         residual=found.residual,
         encoding_error=found.encoding_error,
@@ -101,6 +104,7 @@ def solve_layer_from_rows(rows: Tensor, targets: Tensor, problem: Problem) -> So
         bias=joined("bias"),
         dead=joined("dead"),
         alive=joined("alive"),
+        rank=sum(group.rank for group in groups),
         encoding_weight=groups[-1].encoding_weight,
         residual=torch.stack([group.residual for group in groups]).max(),
         encoding_error=torch.stack([group.encoding_error for group in groups]).mean(),
@@ -147,6 +151,12 @@ def _with_varied_targets(problem: Problem, cov: Covariance) -> tuple[Code, str]:
     reason = "all its rows have the same label"
     remedy = "pass samples of more classes, or a code without labels such as code='pca'"
     return code.without_labels(problem.name, reason, remedy), f"{reason}, so no labels were used"
+
+
+def _rank(weight: Tensor) -> int:
+    """Numerical rank of ``[g, k, d]``, summed over groups, from the smaller of the two Gram matrices."""
+    small = weight if weight.shape[1] <= weight.shape[2] else weight.mT
+    return int(torch.linalg.matrix_rank(small @ small.mT, hermitian=True, rtol=1e-10).sum())
 
 
 def _calibrate(weight: Tensor, cov: Covariance, problem: Problem) -> Calibrated:
