@@ -76,8 +76,9 @@ def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, floa
             continue
         groups, units, dim = record.shape
         (view,) = views_of(model.get_submodule(record.name), record.name)
-        everything = isinstance(view, ConvView) and record.rows > default_rows(dim)
-        share = share_for_all(view) if everything and isinstance(view, ConvView) else 1.0
+        share = 1.0
+        if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim):
+            share = share_for_all(view)  # all patches are read, not a sample of them
         components = leading_components(CODES["mixed"], units)
         assert components is not None
         rank = subspace_rank(components)
