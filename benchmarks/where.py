@@ -27,6 +27,7 @@ from sylinit.codes import CODES
 from sylinit.correlation import share_for_all
 from sylinit.engine import default_rows
 from sylinit.gather import Gathered
+from sylinit.plan import feeds_normalisation
 from sylinit.routes import leading_components, subspace_rank
 from sylinit.views import ConvView, views_of
 
@@ -79,7 +80,10 @@ def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, floa
         share = 1.0
         if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim):
             share = share_for_all(view)  # all patches are read, not a sample of them
-        components = leading_components(CODES["mixed"], units)
+        code = CODES["mixed"]
+        if feeds_normalisation(view):
+            code = code.normalised or code
+        components = leading_components(code, units)
         assert components is not None
         rank = subspace_rank(components)
         count["moments"] += groups * record.rows * dim**2 * share
