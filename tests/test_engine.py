@@ -271,11 +271,11 @@ def test_a_selected_layer_does_not_change_one_that_is_tied_to_it():
 
 def test_filters_that_feed_a_normalisation_have_the_length_of_hes_start():
     model = small_resnet()
-    sylinit.initialize_(model, [images()])
+    sylinit.initialize_(model, [images()], code=sylinit.mixed(0.25))
     for conv in (model[3].conv1, model[3].conv2):
         assert torch.allclose(conv.weight.flatten(1).norm(dim=1), torch.full((6,), 2**0.5))
     lengths = model[0].weight.detach().flatten(1).norm(dim=1)  # has a bias: unit variance instead
-    assert float(lengths.max()) < 1.3
+    assert float(lengths.max() / lengths.min()) > 1.1
 
 
 def test_several_inputs_mappings_and_forward():

@@ -46,7 +46,7 @@ class Preset:
 
 
 MIXED: Pairs = (("precision", "bfloat16"),)
-"""Setting of the full studies: mixed precision, on processors of today half the time of float32."""
+"""Setting of the full studies: training in mixed precision."""
 
 FEW = ("he-normal", "xavier-normal", "lsuv", "sylinit")
 GRID, QUICK_GRID = GRIDS["sgd"], (0.01, 0.03)
@@ -60,7 +60,7 @@ def fewshot(quick: bool) -> Plan:
         else [(data, model) for data in ("cifar10", "fashion-mnist") for model in ("resnet20", "cnn")]
     )
     arms = [
-        Experiment(data, model, start, shots, epochs=10 if quick else epochs_for(shots), setting=() if quick else MIXED)
+        Experiment(data, model, start, shots, epochs=10 if quick else epochs_for(shots))
         for data, model in cells
         for shots in ((5, 20) if quick else (5, 10, 20, 50, 100, 500))
         for start in (FEW if quick else STARTS)
@@ -75,7 +75,7 @@ def epochs_for(shots: int) -> int:
 
 def scratch(quick: bool) -> Plan:
     """The full training set, ResNet-20, images mirrored and shifted."""
-    setting = (*MIXED, ("crop", 4), ("points", 30), ("batch_size", 128))
+    setting = (("crop", 4), ("points", 30), ("batch_size", 128))
     base = Experiment("digits", "mlp", "", epochs=6) if quick else Experiment("cifar10", "resnet20", "", epochs=60)
     arms = [replace(base, start=start, setting=() if quick else setting) for start in (FEW if quick else STARTS)]
     return replace(_plan(arms, quick, seeds=3), grid=QUICK_GRID if quick else (0.1, 0.3, 1.0))
@@ -86,7 +86,7 @@ def finetune(quick: bool) -> Plan:
     near = (("source", "cifar10"), ("pretrain_classes", "0-4"), ("classes", "5-9"), ("pretrain_epochs", 10))
     far = (("source", "fashion-mnist"), ("pretrain_epochs", 3))
     small = (("source", "digits"), ("pretrain_classes", "0-4"), ("classes", "5-9"), ("pretrain_epochs", 20))
-    cells = [("digits", small)] if quick else [("cifar10", (*MIXED, *near)), ("digits", (*MIXED, *far))]
+    cells = [("digits", small)] if quick else [("cifar10", near), ("digits", far)]
     arms = [
         Experiment(
             data, "cnn", head, shots, epochs=10 if quick else epochs_for(shots), task="finetune", setting=setting
@@ -154,16 +154,7 @@ def learning_rate(quick: bool) -> Plan:
     """Every start at every learning rate of both optimisers; nothing is tuned."""
     cells = [("digits", "mlp", 10)] if quick else [("cifar10", "cnn", 50), ("cifar10", "resnet20", 50)]
     arms = [
-        Experiment(
-            data,
-            model,
-            start,
-            shots,
-            optimiser=optimiser,
-            lr=lr,
-            epochs=10 if quick else epochs_for(shots),
-            setting=() if quick else MIXED,
-        )
+        Experiment(data, model, start, shots, optimiser=optimiser, lr=lr, epochs=10 if quick else epochs_for(shots))
         for data, model, shots in cells
         for optimiser in ("sgd", "adamw")
         for lr in (GRIDS[optimiser][1:3] if quick else GRIDS[optimiser])
@@ -176,15 +167,7 @@ def _sweep(quick: bool, options: list[Pairs]) -> Plan:
     """Settings of sylinit on both networks. They choose the library's defaults, so they never see the test set."""
     cells = [("digits", "mlp", 10)] if quick else [("cifar10", "cnn", 50), ("cifar10", "resnet20", 50)]
     arms = [
-        Experiment(
-            data,
-            model,
-            "sylinit",
-            shots,
-            options=chosen,
-            epochs=10 if quick else epochs_for(shots),
-            setting=() if quick else MIXED,
-        )
+        Experiment(data, model, "sylinit", shots, options=chosen, epochs=10 if quick else epochs_for(shots))
         for data, model, shots in cells
         for chosen in options
     ]
@@ -192,6 +175,8 @@ def _sweep(quick: bool, options: list[Pairs]) -> Plan:
 
 
 def _plan(arms: list[Experiment], quick: bool, *, seeds: int) -> Plan:
+    if not quick:
+        arms = [replace(arm, setting=(*MIXED, *arm.setting)) for arm in arms]
     return Plan(tuple(arms), grid=QUICK_GRID if quick else GRID, seeds=tuple(range(2 if quick else seeds)))
 
 
