@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,6 +160,39 @@ def test_an_interrupt_from_the_keyboard_while_threads_run():
         check(KeyboardInterrupt, lambda m, g: sylinit.initialize_(m, cut(3), generator=g), model)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("delay", range(0, 40, 2))
+def test_an_impatient_user(delay):
+    """Ctrl-C again and again, from some moment on: one is enough, and none of the others comes between."""
+    import signal
+
+    main, model, generator = threading.main_thread(), make(), torch.Generator().manual_seed(5)
+    before = state(model, generator)
+
+    def inside(number: int, frame: Any) -> None:
+        while frame is not None and frame.f_code is not sylinit.initialize_.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            raise KeyboardInterrupt
+
+    def press() -> None:
+        time.sleep(delay / 1000)
+        for _ in range(5):
+            signal.pthread_kill(main.ident, signal.SIGINT)
+            time.sleep(0.001)
+
+    previous = signal.signal(signal.SIGINT, inside)
+    presses = threading.Thread(target=press)
+    presses.start()
+    try:
+        sylinit.initialize_(model, cut(3), generator=generator)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    presses.join()
+    signal.signal(signal.SIGINT, previous)
+    assert interrupted == (differing(before, state(model, generator)) == [])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -17,6 +17,7 @@ from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
 from sylinit.errors import SylinitError, UnsupportedLayerError
 from sylinit.gather import Gathered, gather, not_finite, require_finite
+from sylinit.interrupts import held_interrupts
 from sylinit.lanes import Lanes
 from sylinit.layer import Solution, approximate_layer, solve_layer, solve_layer_from_rows
 from sylinit.offload import Offload
@@ -125,11 +126,12 @@ def initialize_(
             processes.announce(error)
             raise
         finally:
-            if run is not None:
-                run.remove_hooks()
-            if parked is not None:
-                parked.end()
-            snapshot.restore(succeeded=succeeded)
+            with held_interrupts():
+                if run is not None:
+                    run.remove_hooks()
+                if parked is not None:
+                    parked.end()
+                snapshot.restore(succeeded=succeeded)
     return Report(
         layers=(*run.records, *run.never_met(), *plan.left_alone),
         samples=data.samples,

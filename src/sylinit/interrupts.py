@@ -1,4 +1,7 @@
-"""Ctrl-C at a moment that suits: never between two halves of something that must be done whole."""
+"""Ctrl-C at a moment that suits: never between two halves of something that must be done whole.
+
+Outside the main thread, which alone is interrupted, and where Ctrl-C has no Python handler, nothing here does anything.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+Handler = Callable[[int, Any], Any]
 
 
 class Held:
@@ -23,24 +30,44 @@ class Held:
 
 @contextmanager
 def held_interrupts() -> Iterator[Held]:
-    """Hold back the first Ctrl-C until it is delivered, at the latest at the end; a second one comes through at once.
-
-    Outside the main thread, which alone is interrupted, and where Ctrl-C has no Python handler, nothing is held.
-    """
+    """Hold back the first Ctrl-C until it is delivered, at the latest at the end; a second one comes through at once."""
     held = Held()
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield held
-        return
 
-    def hold(number: int, frame: object) -> None:
+    def hold(usual: Handler, number: int, frame: object) -> None:
         again, held.waiting = held.waiting is not None, lambda: usual(number, None)
         if again:
             held.deliver()
 
-    signal.signal(signal.SIGINT, hold)
     try:
-        yield held
+        with _handled(hold):
+            yield held
+    finally:
+        held.deliver()
+
+
+@contextmanager
+def told_interrupts(tell: Callable[[BaseException], object]) -> Iterator[None]:
+    """Give whatever Ctrl-C would raise to ``tell``, called in the main thread wherever that is."""
+
+    def catch(usual: Handler, number: int, frame: object) -> None:
+        try:
+            usual(number, frame)
+        except BaseException as error:
+            tell(error)
+
+    with _handled(catch):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[Handler, int, object], None]) -> Iterator[None]:
+    """Call ``handler(usual, number, frame)`` instead of the usual handler of Ctrl-C."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    signal.signal(signal.SIGINT, partial(handler, usual))
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, usual)
-        held.deliver()

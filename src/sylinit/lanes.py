@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from sylinit.interrupts import told_interrupts
+
 T = TypeVar("T")
 
 Settle = Callable[[int, dict[int, Any]], None]
@@ -57,7 +59,7 @@ class Lanes:
         self._choose = choose
         self._parking = parking
         self._baton = threading.Condition()
-        self._turn = 0
+        self._turn: int | None = None  # until all threads have started
         self._parked: dict[int, tuple[int, Any]] = {}
         self._ended: set[int] = set()
         self._failure: BaseException | None = None
@@ -70,15 +72,17 @@ class Lanes:
             threading.Thread(target=self._thread, args=(forward, lane, state), name=f"sylinit-lane-{lane}", daemon=True)
             for lane in range(1, self._count)
         ]
-        try:
+        with told_interrupts(self._interrupt):
+            try:
+                for thread in threads:
+                    thread.start()
+                self._turn = 0
+                self._lane(forward, 0)
+            except BaseException as error:
+                self._fail(error)
             for thread in threads:
-                thread.start()
-            self._lane(forward, 0)
-        except BaseException as error:
-            self._fail(error)
-        finally:
-            for thread in threads:
-                self._join(thread)
+                if thread.ident is not None:
+                    thread.join()
         if self._failure is not None:
             raise self._failure
 
@@ -141,13 +145,16 @@ class Lanes:
                 self._failure = error
             self._baton.notify_all()
 
-    def _join(self, thread: threading.Thread) -> None:
-        """Wait for a lane's end, whatever interrupts."""
-        while thread.is_alive():
-            try:
-                thread.join()
-            except KeyboardInterrupt as error:
-                self._fail(error)
+    def _interrupt(self, error: BaseException) -> None:
+        """Ctrl-C: raised at once in lane 0's own code; where that waits or has ended, all lanes stop at their doors.
+
+        Only the first one: from then on everything is ending.
+        """
+        first, self._failure = self._failure is None, self._failure or error
+        if first and self._turn == 0 and 0 not in self._parked and 0 not in self._ended:
+            raise error
+        with self._baton:
+            self._baton.notify_all()
 
 
 class _ThreadState:
