@@ -30,7 +30,7 @@ class Held:
 
 @contextmanager
 def held_interrupts() -> Iterator[Held]:
-    """Hold back the first Ctrl-C until it is delivered, at the latest at the end; a second one comes through at once."""
+    """Hold the first Ctrl-C back until it is delivered, at the latest at the end; a second comes through at once."""
     held = Held()
 
     def hold(usual: Handler, number: int, frame: object) -> None:
