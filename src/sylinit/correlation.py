@@ -52,13 +52,14 @@ def patch_moments(view: View, inputs: Sequence[tuple[Any, Tensor]], dtype: torch
     Returns:
         The moments of ``[1, x, t]``, exact to rounding.
     """
-    short = [pays(view, x) for x, _ in inputs]
-    sums = Moments.zeros(view.groups, view.dim, inputs[0][1].shape[1], inputs[0][1].device, dtype)
-    if any(short):
+    short = [pair for pair in inputs if pays(view, pair[0])]
+    if short:
         assert isinstance(view, ConvView)
-        sums = correlate(view, [pair for pair, correlated in zip(inputs, short, strict=True) if correlated], dtype)
-    for (x, t), correlated in zip(inputs, short, strict=True):
-        if not correlated:
+        sums = correlate(view, short, dtype)
+    else:
+        sums = Moments.zeros(view.groups, view.dim, inputs[0][1].shape[1], inputs[0][1].device, dtype)
+    for x, t in inputs:
+        if not pays(view, x):
             stream(sums, view, x, t)
     return sums
 
