@@ -25,7 +25,7 @@ from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
 from sylinit.study.store import Record, Store
-from sylinit.study.summary import rows, verdict
+from sylinit.study.summary import Row, gap, rows, verdict
 
 TINY = Experiment("digits", "mlp", "he-normal", shots=2, epochs=2, setting=(("points", 2),))
 
@@ -250,6 +250,33 @@ def test_the_verdict_says_how_sure_it_is() -> None:
     assert "not a clear winner" in close
     assert "sylinit is 23.3" in close
     assert "One seed" in study_of({"sylinit": [0.5], "lsuv": [0.4]})
+
+
+def test_gaps_are_paired_over_the_seeds_that_both_have() -> None:
+    def row(start: str, scores: dict[int, float]) -> Row:
+        method = replace(TINY, start=start)
+        return Row(method, 0.1, tuple(record(replace(method, seed=seed), score) for seed, score in scores.items()))
+
+    ours = row("sylinit", {0: 0.5, 1: 0.7, 2: 0.9})
+    found = gap(ours, row("lsuv", {1: 0.6, 2: 0.7, 3: 0.1}))
+    assert found is not None
+    assert (round(found.mean, 9), found.n) == (0.15, 2)
+    assert gap(ours, row("lsuv", {7: 0.1})) is None
+    assert "other seeds" in verdict([ours, row("lsuv", {7: 0.1})])
+
+
+def test_a_sweep_says_how_far_sylinit_is_above_each_other_start() -> None:
+    records = [
+        record(replace(TINY, start=start, seed=seed, shots=shots, lr=0.1), base + 0.1 * seed + shots / 1000)
+        for start, base in (("sylinit", 0.3), ("lsuv", 0.2), ("he-normal", 0.25))
+        for seed in (0, 1, 2)
+        for shots in (5, 20)
+        if (start, shots) != ("he-normal", 20)
+    ]
+    plan = Plan(tuple({record.experiment.method for record in records}), grid=(0.1,))
+    (panel,) = panels(PRESETS["fewshot"], runner.Study(plan, tuple(records), {}))
+    (grid,) = [table for table in panel.tables if "less each other" in table.caption and "after" in table.caption]
+    assert grid.cells == (("lsuv", "+10.0 ± 0.0", "+10.0 ± 0.0"), ("he-normal", "+5.0 ± 0.0", ""))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -65,26 +65,40 @@ def ranked(rows: Iterable[Row], metric: str = "after") -> list[Row]:
     return sorted(rows, key=lambda row: -row.interval(metric).mean)
 
 
+def gap(first: Row, second: Row, metric: str = "after") -> Interval | None:
+    """How far the first is above the second, paired over the seeds that both have; None where there is none."""
+    values = [{r.experiment.seed: r.result.get(metric) for r in row.records} for row in (first, second)]
+    seeds = [seed for seed in values[0] if None not in (values[0][seed], values[1].get(seed))]
+    return paired(*([each[seed] for seed in seeds] for each in values)) if seeds else None
+
+
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
     """Which method is best, by how much over the next and how sure that is; differences are paired by seed."""
     best, *others = ranked(rows, metric)
     if not others:
         return f"Only {best.label} was run: {best.interval(metric).percent()} % after training."
-    lines = [f"Best after training: {best.label}, {best.interval(metric).percent()} %."]
     runner_up = others[0]
-    gap = paired(best.values(metric), runner_up.values(metric))
-    size = f"{gap.percent()} points above the next, {runner_up.label}"
-    if gap.n < 2:
-        lines.append(f"It is {size}. One seed says nothing of chance; run more for an interval.")
-    elif gap.low > 0:
-        lines.append(f"It is {size} (paired over {gap.n} seeds, 95 % interval): a clear winner.")
-    else:
-        lines.append(f"It is {size} (paired over {gap.n} seeds, 95 % interval): not a clear winner, run more seeds.")
+    lines = [
+        f"Best after training: {best.label}, {best.interval(metric).percent()} %.",
+        _lead(best, runner_up, metric),
+    ]
     ours = next((row for row in rows if row.label == "sylinit"), None)
     if ours is not None and ours not in (best, runner_up):
-        behind = paired(best.values(metric), ours.values(metric))
-        lines.append(f"sylinit is {behind.percent()} points behind the best.")
+        behind = gap(best, ours, metric)
+        if behind is not None:
+            lines.append(f"sylinit is {behind.percent()} points behind the best.")
     edges = [row.label for row in rows if row.at_edge]
     if edges:
         lines.append(f"At the edge of the grid of learning rates, so perhaps better beyond it: {', '.join(edges)}.")
     return "\n".join(lines)
+
+
+def _lead(best: Row, runner_up: Row, metric: str) -> str:
+    lead = gap(best, runner_up, metric)
+    if lead is None:
+        return f"The next, {runner_up.label}, was run on other seeds."
+    size = f"It is {lead.percent()} points above the next, {runner_up.label}"
+    if lead.n < 2:
+        return f"{size}. One seed says nothing of chance; run more for an interval."
+    sure = "a clear winner" if lead.low > 0 else "not a clear winner, run more seeds"
+    return f"{size} (paired over {lead.n} seeds, 95 % interval): {sure}."
