@@ -69,7 +69,7 @@ def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, floa
     """The fewest float32 operations of the projected layers, by step.
 
     Moments: half of ``2 n d^2`` for sampled rows; for all patches at stride 1, one product for each distinct offset.
-    Subspace: three products with the covariance. Equation: a Cholesky factor, its two solves, and the residual.
+    Subspace: two products with the covariance. Equation: a Cholesky factor, its two solves, and the residual.
     """
     count: dict[str, float] = defaultdict(float)
     for record in report.initialised:
@@ -87,7 +87,7 @@ def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, floa
         assert components is not None
         rank = subspace_rank(components)
         count["moments"] += groups * record.rows * dim**2 * share
-        count["subspace"] += groups * 3 * 2 * dim**2 * rank
+        count["subspace"] += groups * 2 * 2 * dim**2 * rank
         count["equation"] += groups * (dim**3 / 3 + 4 * dim**2 * components)
     return dict(count)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sylinit.codes import CODES
 from sylinit.projected import solve_projected
 from sylinit.routes import projected_pays, subspace_rank
-from sylinit.subspace import Subspace, principal_subspace, row_space
+from sylinit.subspace import Subspace, principal_subspace, row_space, sketch
 from sylinit.sylvester import solve_sylvester
 
 
@@ -67,6 +67,25 @@ def test_principal_subspace_converges_to_the_leading_axes():
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.05
     assert errors[3] < 1e-3
+
+
+@given(dim=st.integers(1, 60), rank=st.integers(1, 60), seed=st.integers(0, 9))
+def test_a_sketch_is_a_product_with_a_few_signs(dim, rank, seed):
+    cov, rank = covariance(dim), min(rank, dim)
+    entries = sketch(torch.eye(dim), rank, torch.Generator().manual_seed(seed))
+    assert entries.shape == (dim, rank)
+    assert bool((entries.abs().sum(1) == min(4, rank)).all())  # in each row so many, none upon another
+    assert set(entries.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert torch.allclose(sketch(cov, rank, torch.Generator().manual_seed(seed)), cov @ entries.double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_principal_subspace_finds_axes_of_single_coordinates(seed):
+    """As in data whose coordinates do not correlate; a sketch of one sign a coordinate loses a quarter of them."""
+    large = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:100]
+    cov = torch.full((1000,), 1e-3, dtype=torch.float64).index_fill(0, large, 1.0).diag()
+    found = principal_subspace(cov, 110, torch.Generator().manual_seed(seed))
+    assert torch.allclose(found.variances[:100], torch.ones(100, dtype=torch.float64), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

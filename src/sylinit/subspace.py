@@ -59,10 +59,11 @@ class Subspace:
 
 @torch.no_grad()
 def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator, *, steps: int = 2) -> Subspace:
-    """Randomised subspace iteration: ``steps + 1`` products with the covariance instead of its eigendecomposition.
+    """Randomised subspace iteration: ``steps`` products with the covariance instead of its eigendecomposition.
 
     The products run in float32, whose rounding costs the orthonormality and the variances their seventh digit; which
-    directions near the cut are found is far less certain than that. Ask for a tenth more than are needed.
+    directions near the cut are found is far less certain than that. Ask for a tenth more than are needed. The start is
+    a `sketch`, which finds as much as a Gaussian one and costs next to nothing.
 
     Args:
         covariance: ``[d, d]``, symmetric positive semidefinite.
@@ -74,8 +75,8 @@ def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator
     """
     dim = len(covariance)
     single, total = covariance.float(), covariance.diagonal().sum(dtype=torch.float64)
-    basis = torch.randn(dim, min(rank, dim), generator=generator).to(single)
-    for _ in range(steps):
+    basis = torch.linalg.qr(sketch(single, min(rank, dim), generator))[0]
+    for _ in range(steps - 1):
         basis = torch.linalg.qr(single @ basis)[0]
     image = single @ basis
     inner = (basis.T @ image).double()
@@ -85,6 +86,27 @@ def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator
     rest = (total - variances.sum()).clamp(min=0) / max(1, dim - len(variances))
     sign = signs(basis)
     return Subspace(basis * sign, variances, image * sign, rest)
+
+
+SPARSITY = 4
+"""Columns of a sketch that each coordinate goes into: with two, directions of few coordinates can be missed."""
+
+
+def sketch(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """``M R`` for symmetric M ``[d, d]`` and a random R ``[d, rank]`` with four entries of 1 or -1 in each row.
+
+    Source: Nelson and Nguyen, *OSNAP: faster numerical linear algebra algorithms via sparser subspace embeddings*,
+    2013.
+    """
+    dim, draws = len(matrix), min(SPARSITY, rank)
+    edges = torch.arange(draws + 1) * rank // draws  # one entry in each of so many blocks of columns
+    share = torch.rand(dim, draws, generator=generator)
+    column = (edges[:-1] + share * edges.diff()).long().clamp(max=rank - 1)
+    sign = torch.randint(2, (dim, draws), generator=generator).mul(2).sub(1)
+    place = torch.stack([column.flatten(), torch.arange(dim).repeat_interleave(draws)])
+    values = sign.flatten().to(matrix.dtype)
+    sparse = torch.sparse_coo_tensor(place, values, (rank, dim), check_invariants=False)
+    return torch.sparse.mm(sparse.to(matrix.device), matrix).mT
 
 
 def signs(basis: Tensor) -> Tensor:

@@ -67,9 +67,10 @@ def ranked(rows: Iterable[Row], metric: str = "after") -> list[Row]:
 
 def gap(first: Row, second: Row, metric: str = "after") -> Interval | None:
     """How far the first is above the second, paired over the seeds that both have; None where there is none."""
-    values = [{r.experiment.seed: r.result.get(metric) for r in row.records} for row in (first, second)]
-    seeds = [seed for seed in values[0] if None not in (values[0][seed], values[1].get(seed))]
-    return paired(*([each[seed] for seed in seeds] for each in values)) if seeds else None
+    mine, theirs = ({r.experiment.seed: r.result.get(metric) for r in row.records} for row in (first, second))
+    pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return paired([a for a, _ in known], [b for _, b in known]) if known else None
 
 
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
