@@ -91,11 +91,15 @@ def solve_projected(
     inside = pair_inverse(a, subspace.variances * scale).float()
     outside = pair_inverse(a, subspace.rest.view(1) * scale).float()
     crowd, a, scale = _crowd(a), a.float().unsqueeze(1), scale.float()
-    w = (inside * (right @ q)) @ q.T
+    together = None
     if CROWD * (crowd.stop - crowd.start) > len(b):
         together = _factorised(b, a[crowd].mean() / scale, right[crowd] / scale)
-        if together is not None:
-            w[crowd] = together
+    alone = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    alone[crowd] = together is None
+    w = torch.empty_like(right)
+    w[alone] = (inside[alone] * (right[alone] @ q)) @ q.T
+    if together is not None:
+        w[crowd] = together
     r = right - a * w - scale * (w @ b)
 
     left = r.norm(dim=1) > 5 * small

@@ -108,21 +108,22 @@ def fit_projected(cov: Covariance, problem: Problem) -> Fit | None:
     assert components is not None
     assert encoding_weight is not None
     found = [principal_subspace(xx, subspace_rank(components), generator) for xx in cov.xx]
-    basis, image = (torch.stack([getattr(each, part) for each in found]).double() for part in ("basis", "image"))
+    basis, image = (torch.stack([getattr(each, part) for each in found]) for part in ("basis", "image"))
     variances = torch.stack([each.variances for each in found])
     largest = variances[:, 0] + cov.mean_x.square().sum(1)  # of the sums, before the mean was taken off
     if bool((variances[:, -1] <= SINGLE * largest).any()):
         return None
+    basis = basis.double()
     axes = Axes(basis, variances, basis.mT @ cov.xt, cov.tt)
     code, gram = _scaled(_code(problem, axes), axes, cov)
-    cross = code.on_x @ image.mT + code.on_t @ cov.xt.mT
+    cross = code.on_x.to(image) @ image.mT + (code.on_t @ cov.xt.mT).to(image)  # large: float32 from here on
     right = (1 + encoding_weight) * cross
     solved = [
         solve_projected(a, xx, c, subspace, encoding_weight=encoding_weight)
         for a, xx, c, subspace in zip(gram, cov.xx, right, found, strict=True)
     ]
     weight, remainder = (torch.stack([getattr(each, part) for each in solved]) for part in ("weight", "remainder"))
-    decoded = gram @ weight
+    decoded = gram.to(weight) @ weight
     encoded = (right - remainder - decoded) / encoding_weight  # W Cov, without another product
     return _judged(weight, decoded, encoded, gram, cross, cov, encoding_weight, "projected")
 
@@ -199,14 +200,14 @@ def _judged(
     """
     right = (1 + encoding_weight) * cross
     left = decoded + encoding_weight * encoded
-    agreement = 2 * (weight * cross).sum()
+    agreement = 2 * (weight * cross).sum(dtype=torch.float64)
     code_energy = gram.diagonal(dim1=1, dim2=2).sum().clamp(min=_TINY)
     row_energy = (cov.variance.sum() * cov.dim).clamp(min=_TINY)
     return Fit(
-        weight=weight,
+        weight=weight.double(),
         encoding_weight=encoding_weight,
         residual=(left - right).norm() / right.norm().clamp(min=_TINY),
-        encoding_error=1 + ((encoded * weight).sum() - agreement) / code_energy,
-        decoding_error=1 + ((decoded * weight).sum() - agreement) / row_energy,
+        encoding_error=1 + ((encoded * weight).sum(dtype=torch.float64) - agreement) / code_energy,
+        decoding_error=1 + ((decoded * weight).sum(dtype=torch.float64) - agreement) / row_energy,
         route=route,
     )
