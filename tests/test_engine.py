@@ -428,3 +428,19 @@ def test_the_report_prints_saves_and_plots(tmp_path):
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5000
     assert all(layer.residual < 1e-10 and layer.dead_units == 0 for layer in report.initialised)
+
+
+@pytest.mark.parametrize("code", ["mixed", "random", "kmeans"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("classes", [4, 600])
+def test_the_default_device_of_the_caller_changes_nothing(code, count, classes):
+    """As after ``torch.set_default_device("cuda")``, of a model and data on the CPU; "meta" is on every machine."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Flatten(), nn.LazyLinear(classes))
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) * (classes - 1) // 11
+    batches = list(zip(x.chunk(count), y.chunk(count), strict=True))
+    model(x)
+    other = copy.deepcopy(model)
+    sylinit.initialize_(model, batches, code=code)
+    with torch.device("meta"):
+        sylinit.initialize_(other, batches, code=code)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

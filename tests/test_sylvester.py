@@ -160,22 +160,31 @@ def test_rotating_the_equation_rotates_the_solution():
     assert torch.allclose(turned, u @ solve_sylvester(a, b, c).weight @ v.T, atol=1e-9)
 
 
-def test_eigh_falls_back_to_double_and_to_the_cpu(monkeypatch):
-    matrix = psd(6, 6, torch.Generator().manual_seed(0)).float()
-    expected = torch.linalg.eigh(matrix.double())
+@pytest.mark.parametrize("failures", range(5))
+@pytest.mark.parametrize("shape", [(6, 6), (3, 6, 6)])
+def test_eigh_falls_back_to_other_forms_of_the_matrix(monkeypatch, failures, shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = matrix @ matrix.mT
+    expected = torch.linalg.eigvalsh(matrix.double())
     real, calls = torch.linalg.eigh, []
 
     def failing(x: Tensor):
-        calls.append((x.dtype, x.device.type))
-        if len(calls) < 3:
+        calls.append(x.dtype)
+        if len(calls) <= failures:
             raise torch.linalg.LinAlgError("did not converge")
         return real(x)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     values, vectors = robust_eigh(matrix)
-    assert calls == [(torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float64, "cpu")]
+    assert calls == [torch.float32, *[torch.float64] * 4][: failures + 1]
     assert values.dtype == vectors.dtype == torch.float32
-    assert torch.allclose(values.double(), expected[0], atol=1e-6)
+    assert torch.allclose(values.double(), expected, atol=1e-5)
+    assert torch.allclose(vectors * values.unsqueeze(-2) @ vectors.mT, matrix, atol=1e-5)
+
+
+def test_eigh_says_when_all_forms_fail():
+    with pytest.raises(SylinitError, match="NaN or infinite"):
+        robust_eigh(torch.full((3, 3), torch.nan))
 
 
 @pytest.mark.parametrize("encoding_weight", [1e-3, 0.3, 1.0, 1e3])

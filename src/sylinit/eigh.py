@@ -1,6 +1,8 @@
-"""The symmetric eigendecomposition, for matrices on which the device's own one gives up."""
+"""The symmetric eigendecomposition, for matrices on which the usual routine gives up."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,10 +11,13 @@ from sylinit.errors import SylinitError
 
 
 def robust_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh``, in float64 and then on the CPU where it does not converge, as CUDA's float32 can fail to.
+    """``torch.linalg.eigh``, and where it does not converge, the same matrix in other forms.
+
+    CUDA's float32 routine can fail, and LAPACK's divide and conquer does on some matrices of low rank. They are tried
+    in float64, then on the CPU, then with the coordinates in reverse, and with eigenvalues parted within rounding.
 
     Args:
-        matrix: symmetric, ``[..., m, m]``; only its lower triangle is read.
+        matrix: symmetric, ``[..., m, m]``.
 
     Returns:
         Ascending eigenvalues ``[..., m]`` and eigenvectors ``[..., m, m]``, in the dtype and on the device given.
@@ -20,12 +25,24 @@ def robust_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         SylinitError: it fails everywhere, as it does on NaN.
     """
-    for attempt in (lambda: matrix, lambda: matrix.double(), lambda: matrix.double().cpu()):
+    for form, reverse in _forms(matrix):
         try:
-            values, vectors = torch.linalg.eigh(attempt())
+            values, vectors = torch.linalg.eigh(form)
         except torch.linalg.LinAlgError:
             continue
-        return values.to(matrix), vectors.to(matrix)
+        return values.to(matrix), (vectors.flip(-2) if reverse else vectors).to(matrix)
     raise SylinitError(
         f"eigendecomposition of a {list(matrix.shape)} matrix failed; are there NaN or infinite entries?"
     )
+
+
+def _forms(matrix: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """The matrix as it may be decomposed, and whether its coordinates are reversed."""
+    yield matrix, False
+    yield matrix.double(), False
+    yield (wide := matrix.double().cpu()), False
+    yield wide.flip(-2, -1), True
+    rounding = torch.finfo(wide.dtype).eps * torch.linalg.matrix_norm(wide).unsqueeze(-1)
+    parted = wide.clone()
+    parted.diagonal(dim1=-2, dim2=-1).add_(rounding * torch.linspace(0, 1, wide.shape[-1], device="cpu").to(wide))
+    yield parted, False

@@ -114,7 +114,8 @@ def initialize_(
     with processes.interrupted_together():
         try:
             with shards.gathered(snapshot):
-                seed = int(torch.randint(2**62, (), generator=generator or torch.Generator().manual_seed(0)))
+                source = generator or torch.Generator().manual_seed(0)
+                seed = int(torch.randint(2**62, (), generator=source, device=source.device))
                 data = read_data(model, batches, processes, seed, custom=forward is not None)
                 plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
                 parked = _offload(offload, plan, len(data.batches))
@@ -274,7 +275,8 @@ class _Pass:
         started = time.perf_counter()
         door = self._plan.doors[number]
         reading = self._offload.reading() if self._offload else nullcontext()
-        with reading, torch.autocast(door.device.type, enabled=False):
+        # What is random is drawn on the CPU, whatever the caller's default device: the weights do not depend on it.
+        with reading, torch.device("cpu"), torch.autocast(door.device.type, enabled=False):
             self._processes.together(lambda: self._check_entry(door, waiting))
             record = self._matrix(door, number, waiting) if door.view else self._statistics(door, waiting)
         self.records.append(replace(record, seconds=time.perf_counter() - started))

@@ -132,9 +132,8 @@ def encode(target: Tensor, kind: TargetKind, *, one_hot: bool = False) -> Tensor
     if kind.classes <= MAX_CLASSES or one_hot:
         vectors = torch.nn.functional.one_hot(index, kind.classes).double()
     else:
-        table = torch.randint(
-            0, 2, (kind.classes, MAX_CLASSES), generator=torch.Generator().manual_seed(0), dtype=torch.int8
-        )
+        source, size = torch.Generator().manual_seed(0), (kind.classes, MAX_CLASSES)
+        table = torch.randint(0, 2, size, generator=source, dtype=torch.int8, device="cpu")
         vectors = (2.0 * table.double() - 1.0).to(index.device)[index]
     return vectors.masked_fill(ignored, math.nan)
 
