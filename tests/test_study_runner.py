@@ -25,7 +25,7 @@ from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
 from sylinit.study.store import Record, Store
-from sylinit.study.summary import Row, gap, rows, verdict
+from sylinit.study.summary import Row, gap, ours, rows, verdict
 
 TINY = Experiment("digits", "mlp", "he-normal", shots=2, epochs=2, setting=(("points", 2),))
 
@@ -263,6 +263,20 @@ def test_gaps_are_paired_over_the_seeds_that_both_have() -> None:
     assert (round(found.mean, 9), found.n) == (0.15, 2)
     assert gap(ours, row("lsuv", {7: 0.1})) is None
     assert "other seeds" in verdict([ours, row("lsuv", {7: 0.1})])
+
+
+def test_others_are_compared_with_plain_sylinit_or_its_first_variant() -> None:
+    def rows_of(*starts: str) -> list[Row]:
+        return [Row(replace(TINY, start=start), 0.1, ()) for start in starts]
+
+    for starts, expected in (
+        (("lsuv", "sylinit head", "sylinit"), "sylinit"),
+        (("LP-FT", "sylinit head", "sylinit all"), "sylinit head"),
+        (("sylinit head", "sylinit all"), None),
+        (("lsuv",), None),
+    ):
+        found = ours(rows_of(*starts))
+        assert (found and found.label) == expected
 
 
 def test_a_sweep_says_how_far_sylinit_is_above_each_other_start() -> None:

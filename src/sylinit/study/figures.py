@@ -64,7 +64,7 @@ def before_and_after(rows: Sequence[Row], title: str) -> Figure:
         )  # fmt: skip
     axes.set_yticks(range(len(ordered)), [row.label for row in ordered])
     axes.set(title=title, ylim=(-0.7, len(ordered) - 0.3), xlim=(0, None))
-    axes.set_xlabel("test accuracy (%): hollow before any training, full after\nbars are 95 % intervals over seeds")
+    axes.set_xlabel("accuracy (%): hollow before any training, full after\nbars are 95 % intervals over seeds")
     axes.margins(x=0.12)
     _plain(axes, "x")
     return figure

@@ -20,7 +20,7 @@ from sylinit.study.presets import PRESETS, Preset
 from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, read
 from sylinit.study.statistics import Interval, exponent
 from sylinit.study.store import Store
-from sylinit.study.summary import Row, gap, ranked, rows, verdict
+from sylinit.study.summary import Row, gap, ours, ranked, rows, verdict
 
 DERIVED = {
     ("sylinit", "depth"): "1",  # one pass, every layer costs alike
@@ -89,10 +89,10 @@ def _panel(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
 
 def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
     shown = [metric for metric in ("before", "after", "area") if group[0].values(metric)]
-    ours = next((row for row in group if row.label == "sylinit"), None)
+    own = ours(group)
 
     def above(row: Row) -> str:
-        found = gap(ours, row) if ours is not None and row is not ours else None
+        found = gap(own, row) if own is not None and row is not own else None
         return "" if found is None else found.percent(sign=True)
 
     cells = [
@@ -101,13 +101,13 @@ def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
             f"{row.lr:g}",
             str(len(row.records)),
             *(row.interval(metric).percent() for metric in shown),
-            *([above(row)] if ours else []),
+            *([above(row)] if own else []),
         )
         for row in ranked(group)
     ]
     names = {"before": "before training", "after": "after training", "area": "mean over training"}
-    header = ("start", "learning rate", "seeds", *(names[m] for m in shown), *(["sylinit less it"] if ours else []))
-    caption = "accuracy (%)" + (", and sylinit's after training less each other's, paired by seed" if ours else "")
+    header = ("start", "learning rate", "seeds", *(names[m] for m in shown), *([f"{own.label} less it"] if own else []))
+    caption = "accuracy (%)" + (f", and {own.label} after training less each other, paired by seed" if own else "")
     table = Grid(caption, header, tuple(cells))
     figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
     return Panel(title, figures, (table,), (verdict(group),))
@@ -141,8 +141,9 @@ def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
         tables.append(Grid(TITLES[metric], (xlabel, *(f"{place:g}" for place in places)), tuple(cells)))
         if metric == "init_seconds":
             tables.append(_exponents(drawn, axis))
-        if "sylinit" in drawn and SCALES.get(metric) == 100.0 and len(drawn) > 1:
-            tables.append(_gaps(series, metric, xlabel, places))
+        own = ours(group)
+        if own is not None and SCALES.get(metric) == 100.0 and len(drawn) > 1:
+            tables.append(_gaps(own.label, series, metric, xlabel, places))
     return Panel(title, tuple(figures), tuple(tables))
 
 
@@ -160,14 +161,14 @@ def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], axis: str
     return Grid(f"seconds grow as a power of {axis}", ("power", "all sizes", "largest three", "by count"), tuple(cells))
 
 
-def _gaps(series: Mapping[str, Mapping[Any, Row]], metric: str, xlabel: str, places: Sequence[float]) -> Grid:
-    """How far sylinit is above every other start."""
-    ours, cells = series["sylinit"], []
+def _gaps(own: str, series: Mapping[str, Mapping[Any, Row]], metric: str, xlabel: str, places: Sequence[float]) -> Grid:
+    """How far one start is above every other."""
+    mine, cells = series[own], []
     for label, points in series.items():
-        if label != "sylinit":
-            found = [gap(ours[p], points[p], metric) if p in ours and p in points else None for p in places]
+        if label != own:
+            found = [gap(mine[p], points[p], metric) if p in mine and p in points else None for p in places]
             cells.append((label, *("" if each is None else each.percent(sign=True) for each in found)))
-    caption = f"sylinit less each other: points of {TITLES[metric].removesuffix(' (%)')}, paired by seed"
+    caption = f"{own} less each other: points of {TITLES[metric].removesuffix(' (%)')}, paired by seed"
     return Grid(caption, (xlabel, *(f"{place:g}" for place in places)), tuple(cells))
 
 

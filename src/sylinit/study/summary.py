@@ -73,6 +73,13 @@ def gap(first: Row, second: Row, metric: str = "after") -> Interval | None:
     return paired([a for a, _ in known], [b for _, b in known]) if known else None
 
 
+def ours(rows: Sequence[Row]) -> Row | None:
+    """The row that the others are compared with: plain sylinit, or its first variant beside other starts."""
+    named = [row for row in rows if row.label.startswith("sylinit")]
+    plain = [row for row in named if row.label == "sylinit"]
+    return next(iter(plain or (named if len(named) < len(rows) else [])), None)
+
+
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
     """Which method is best, by how much over the next and how sure that is; differences are paired by seed."""
     best, *others = ranked(rows, metric)
@@ -83,11 +90,11 @@ def verdict(rows: Sequence[Row], metric: str = "after") -> str:
         f"Best after training: {best.label}, {best.interval(metric).percent()} %.",
         _lead(best, runner_up, metric),
     ]
-    ours = next((row for row in rows if row.label == "sylinit"), None)
-    if ours is not None and ours not in (best, runner_up):
-        behind = gap(best, ours, metric)
+    own = ours(rows)
+    if own is not None and own not in (best, runner_up):
+        behind = gap(best, own, metric)
         if behind is not None:
-            lines.append(f"sylinit is {behind.percent()} points behind the best.")
+            lines.append(f"{own.label} is {behind.percent()} points behind the best.")
     edges = [row.label for row in rows if row.at_edge]
     if edges:
         lines.append(f"At the edge of the grid of learning rates, so perhaps better beyond it: {', '.join(edges)}.")
