@@ -1,6 +1,6 @@
 """The library's defaults and their neighbours, judged before and after training on held-back images of CIFAR-10.
 
-    python benchmarks/defaults.py DIRECTORY [--seeds 6]
+    python benchmarks/defaults.py DIRECTORY [--seeds 6] [--models cnn resnet20]
 
 The scale of logits, weight and offset of normalisation layers, lambda and the share of label units. DIRECTORY holds
 CIFAR-10 as Parquet files (or is a hub id). 50 images a class, 20 epochs of SGD in mixed precision, one run a setting,
@@ -40,6 +40,7 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     ],
     "cnn": [
         {},
+        {"label_share": 0.0},
         {"label_share": 0.0625},
         {"label_share": 0.25},
         {"LOGIT_DEVIATION": 0.2},
@@ -81,14 +82,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--models", nargs="*", default=[*SETTINGS], choices=SETTINGS)
     given = parser.parse_args()
     done: dict[str, dict[str, object]] = {}
     if RESULTS.exists():
         done = {row["key"]: row["result"] for row in map(json.loads, RESULTS.read_text().splitlines())}
     runs = []
     for seed in range(runner.TUNING_SEED, runner.TUNING_SEED + given.seeds):
-        for model, settings in SETTINGS.items():
-            for values in settings:
+        for model in given.models:
+            for values in SETTINGS[model]:
                 options: list[tuple[str, Any]] = []
                 if "label_share" in values:
                     options.append(("code", f"mixed:{values['label_share']:g}"))

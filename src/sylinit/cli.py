@@ -361,7 +361,7 @@ def _show(study: Study, figure: Path, title: str) -> None:
 def _table(rows: Sequence[Row], title: str) -> Table:
     from sylinit.study.summary import ranked
 
-    table = Table(title=f"{title}: test accuracy (%) ± 95 % interval over seeds", title_justify="left")
+    table = Table(title=f"{title}: test accuracy (%) ± 95 % interval over seeds", title_justify="left", pad_edge=False)
     table.add_column("start", no_wrap=True)
     for column in ("before", "after", "mean", "lr", "init s", "all s"):
         table.add_column(column, justify="right", no_wrap=True)

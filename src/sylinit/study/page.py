@@ -89,10 +89,10 @@ def _panel(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
 
 def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
     shown = [metric for metric in ("before", "after", "area") if group[0].values(metric)]
-    own = ours(group)
+    own = ours(group) or ranked(group)[0]
 
     def above(row: Row) -> str:
-        found = gap(own, row) if own is not None and row is not own else None
+        found = gap(own, row) if row is not own else None
         return "" if found is None else found.percent(sign=True)
 
     cells = [
@@ -101,13 +101,13 @@ def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
             f"{row.lr:g}",
             str(len(row.records)),
             *(row.interval(metric).percent() for metric in shown),
-            *([above(row)] if own else []),
+            above(row),
         )
         for row in ranked(group)
     ]
     names = {"before": "before training", "after": "after training", "area": "mean over training"}
-    header = ("start", "learning rate", "seeds", *(names[m] for m in shown), *([f"{own.label} less it"] if own else []))
-    caption = "accuracy (%)" + (f", and {own.label} after training less each other, paired by seed" if own else "")
+    header = ("start", "learning rate", "seeds", *(names[m] for m in shown), "gap")
+    caption = f"accuracy (%); gap: {own.label} after training less each other, paired by seed"
     table = Grid(caption, header, tuple(cells))
     figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
     return Panel(title, figures, (table,), (verdict(group),))
