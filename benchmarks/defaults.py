@@ -100,7 +100,7 @@ def main() -> None:
                         setting=MIXED,
                     )  # fmt: skip
                     runs.append(Run(tuple(values.items()), experiment))
-    runner.prepare([run.experiment for run in runs])
+    runner.prepare([run.experiment for run in runs], lambda what: None)
     with pool(cores()) as each, RESULTS.open("a") as file:
         for run, result in each(work, [run for run in runs if run.key not in done]):
             if isinstance(result, BaseException):
