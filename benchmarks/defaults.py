@@ -36,6 +36,7 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"NORM_SCALE": 1.0},
         {"LOGIT_DEVIATION": 1.0},
         {"encoding_weight": 1.0},
+        {"label_share": 0.0},
         {"label_share": 0.125},
     ],
     "cnn": [
