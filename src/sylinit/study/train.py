@@ -30,8 +30,8 @@ class Recipe:
         flip: mirror each image left to right half of the time.
         crop: shift each image by up to so many pixels, zeros filling in.
         points: how often the learning curve is measured.
-        precision: of a step: ``"float32"``, or ``"bfloat16"`` for mixed precision (`torch.autocast`; weights and
-            loss stay in float32). Accuracy is always measured in float32.
+        precision: of steps and of measurements: ``"float32"``, or ``"bfloat16"`` for mixed precision
+            (`torch.autocast`; weights and loss stay in float32).
     """
 
     lr: float
@@ -47,12 +47,6 @@ class Recipe:
     def size(self, samples: int) -> int:
         """Samples a step."""
         return min(samples, self.batch_size or min(128, max(16, samples // 10)))
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Mixed precision on `device`, where the recipe asks for it."""
-        if self.precision not in ("float32", "bfloat16"):
-            raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {self.precision!r}")
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def make_optimiser(self, parameters: list[nn.Parameter] | list[Tensor]) -> torch.optim.Optimizer:
         """The optimiser over `parameters`."""
@@ -124,7 +118,7 @@ def train(
     schedule = recipe.make_schedule(optimiser, math.ceil(len(x) / size) * recipe.epochs)
     part = _fixed_part(len(test_x), curve_size)
     # the curve's part of the evaluation data is not run twice where all of it is measured
-    hits = correct(model, test_x, test_y)
+    hits = correct(model, test_x, test_y, recipe.precision)
     before, curve = _or(share(hits), chance), [(0.0, _or(share(hits[part]), chance))]
     measured = {round(recipe.epochs * i / recipe.points) for i in range(1, recipe.points + 1)}
     after, seconds = math.nan, 0.0
@@ -132,7 +126,7 @@ def train(
         began = time.perf_counter()
         model.train()
         for index in batches(len(x), size, generator):
-            with recipe.autocast(x.device):
+            with autocast(x.device, recipe.precision):
                 logits = model(augment(x[index], recipe, generator))
             loss = cross_entropy(logits, y[index])
             optimiser.zero_grad(set_to_none=True)
@@ -144,11 +138,11 @@ def train(
         if not finite:
             break
         if epoch == recipe.epochs:
-            hits = correct(model, test_x, test_y)
+            hits = correct(model, test_x, test_y, recipe.precision)
             after = share(hits)
             curve.append((float(epoch), share(hits[part])))
         elif epoch in measured:
-            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part])))
+            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part], recipe.precision)))
     diverged = not math.isfinite(after)
     if diverged:
         curve = [*[point for point in curve if math.isfinite(point[1])], (float(recipe.epochs), chance)]
@@ -160,23 +154,31 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision on `device` where `precision` is ``"bfloat16"``, nothing where it is ``"float32"``."""
+    if precision not in ("float32", "bfloat16"):
+        raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 @torch.no_grad()
-def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def correct(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") -> Tensor:
     """For each sample 1 if its largest logit is its class's, else 0; NaN if a logit is not finite. ``[n]``."""
     training = model.training
     model.eval()
     hits = []
     for part, labels in zip(x.split(EVALUATE), y.split(EVALUATE), strict=True):
-        logits = model(part)
+        with autocast(x.device, precision):
+            logits = model(part)
         right = (logits.argmax(1) == labels).float()
         hits.append(right.masked_fill(~logits.isfinite().all(1), math.nan))
     model.train(training)
     return torch.cat(hits)
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") -> float:
     """Share of samples whose largest logit is their class's; NaN if a logit is not finite."""
-    return share(correct(model, x, y))
+    return share(correct(model, x, y, precision))
 
 
 def share(hits: Tensor) -> float:
