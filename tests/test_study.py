@@ -166,7 +166,7 @@ def test_training_learns_and_its_curve_agrees() -> None:
     assert not outcome.diverged
 
 
-def test_mixed_precision_rounds_the_steps_and_not_the_measuring() -> None:
+def test_mixed_precision_rounds_steps_and_measurements_and_not_the_weights() -> None:
     x, y = vectors(count=90)
     start = nn.Linear(12, 3)
     trained, outcomes = [], []
@@ -175,7 +175,7 @@ def test_mixed_precision_rounds_the_steps_and_not_the_measuring() -> None:
         model.register_forward_hook(lambda m, _, out, found=dtypes: found.add((m.training, out.dtype)))
         recipe = Recipe(lr=0.05, epochs=8, points=4, precision=precision)
         outcomes.append(train(model, x, y, x, y, recipe, classes=3, seed=0))
-        assert dtypes == {(True, getattr(torch, precision)), (False, torch.float32)}
+        assert dtypes == {(True, getattr(torch, precision)), (False, getattr(torch, precision))}
         assert model.weight.dtype == torch.float32
         trained.append(model.weight.detach())
     assert not torch.equal(*trained)
@@ -184,8 +184,9 @@ def test_mixed_precision_rounds_the_steps_and_not_the_measuring() -> None:
 
 
 def test_unknown_precision() -> None:
+    x, y = vectors()
     with pytest.raises(SylinitError, match="'float32' or 'bfloat16'"):
-        Recipe(lr=0.1, precision="float8").autocast(torch.device("cpu"))
+        train(nn.Linear(12, 3), x, y, x, y, Recipe(lr=0.1, precision="float8"), classes=3, seed=0)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from sylinit.errors import SylinitError
-from sylinit.study.train import Recipe, augment, batches, cross_entropy
+from sylinit.study.train import Recipe, augment, autocast, batches, cross_entropy
 
 
 def train_together(
@@ -58,7 +58,7 @@ def train_together(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def loss_of(weights: dict[str, Tensor], state: dict[str, Tensor], sample: Tensor, label: Tensor) -> Tensor:
-        with recipe.autocast(x.device):
+        with autocast(x.device, recipe.precision):
             logits = functional_call(skeleton, (weights, state), (sample,))
         return cross_entropy(logits, label)
 
