@@ -25,7 +25,7 @@ from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
 from sylinit.study.store import Record, Store
-from sylinit.study.summary import Row, gap, ours, rows, verdict
+from sylinit.study.summary import Row, epochs_to, gap, ours, rows, verdict
 
 TINY = Experiment("digits", "mlp", "he-normal", shots=2, epochs=2, setting=(("points", 2),))
 
@@ -265,6 +265,40 @@ def test_gaps_are_paired_over_the_seeds_that_both_have() -> None:
     assert "other seeds" in verdict([ours, row("lsuv", {7: 0.1})])
 
 
+def test_how_soon_a_start_reaches_where_the_best_other_ends() -> None:
+    def arm(start: str, *curves: list[float], init: float = 1.0) -> list[Record]:
+        return [
+            Record(
+                replace(TINY, start=start, seed=seed, lr=0.1, epochs=4),
+                {
+                    "before": curve[0], "after": curve[-1], "area": 0.0, "diverged": False, "init_seconds": init,
+                    "total_seconds": init + 8.0, "curve": [[2.0 * i, value] for i, value in enumerate(curve)],
+                },
+                {},
+            )
+            for seed, curve in enumerate(curves)
+        ]  # fmt: skip
+
+    records = [
+        *arm("sylinit", [0.2, 0.4, 0.8], [0.4, 0.6, 0.8], init=2.0),
+        *arm("lsuv", [0.1, 0.3, 0.6], [0.1, 0.3, 0.6]),
+        *arm("he-normal", [0.1, 0.2, 0.3], [0.1, 0.2, 0.5]),
+    ]
+    scratch = PRESETS["scratch"]
+    plan = Plan(tuple(dict.fromkeys(each.experiment.method for each in records)), grid=(0.1,))
+    (panel,) = panels(scratch, runner.Study(plan, tuple(records), {}))
+    (speed,) = [grid for grid in panel.tables if grid.caption.startswith("epochs")]
+    assert "60.0 %, where lsuv ends" in speed.caption
+    # sylinit's mean curve is 0.3, 0.5, 0.8: it crosses 0.6 a third of the way from epoch 2 to 4
+    assert speed.cells[0] == ("sylinit", "2.7", "7.3", "2.00", "10.0")
+    assert speed.cells[1][:3] == ("lsuv", "4.0", "9.0")
+    assert speed.cells[2][:3] == ("he-normal", "never", "")
+    mine = rows(runner.Study(plan, tuple(records), {}))[0]
+    assert epochs_to(mine, 0.25) == 0.0
+    alone = runner.Study(plan, tuple(records[:2]), {})
+    assert not [grid for panel in panels(scratch, alone) for grid in panel.tables if grid.caption.startswith("epochs")]
+
+
 def test_others_are_compared_with_plain_sylinit_or_its_first_variant() -> None:
     def rows_of(*starts: str) -> list[Row]:
         return [Row(replace(TINY, start=start), 0.1, ()) for start in starts]
@@ -311,7 +345,8 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
         size = float(experiment.get(str(experiment.get("sweep"))) or 1)
         return {
             "before": 0.1, "after": 0.5 + 0.01 * experiment.seed, "area": 0.4, "diverged": False,
-            "curve": [[0, 0.1], [2, 0.5]], "init_seconds": size**2, "forward_passes": size, "extra_bytes": 10**6,
+            "curve": [[0, 0.1], [2, 0.5]], "init_seconds": size**2, "total_seconds": 9.0,
+            "forward_passes": size, "extra_bytes": 10**6,
         }  # fmt: skip
 
     for task in list(runner.TASKS):

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sklearn.isotonic import isotonic_regression
 
-from sylinit.study.statistics import Interval, interval
-from sylinit.study.summary import Row, ranked
+from sylinit.study.statistics import Interval
+from sylinit.study.summary import Row, mean_curve, ranked
 
 OURS = ("#D55E00", "#E69F00", "#8C2D04", "#B8860B")
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000")
@@ -72,11 +72,7 @@ def before_and_after(rows: Sequence[Row], title: str) -> Figure:
 
 def learning_curves(rows: Sequence[Row], title: str) -> Figure:
     """Accuracy over epochs, the mean of the seeds with a 95 % band."""
-    series: dict[str, list[tuple[float, Interval]]] = {}
-    for row in rows:
-        curves = [dict(map(tuple, record.result["curve"])) for record in row.records]
-        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
-        series[row.label] = [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
+    series = {row.label: mean_curve(row) for row in rows}
     return lines(series, title, "epoch", "after", ylabel="accuracy (%)")
 
 

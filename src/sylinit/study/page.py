@@ -20,7 +20,7 @@ from sylinit.study.presets import PRESETS, Preset
 from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, read
 from sylinit.study.statistics import Interval, exponent
 from sylinit.study.store import Store
-from sylinit.study.summary import Row, gap, ours, ranked, rows, verdict
+from sylinit.study.summary import Row, epochs_to, gap, mean_curve, ours, ranked, rows, verdict
 
 DERIVED = {
     ("sylinit", "depth"): "1",  # one pass, every layer costs alike
@@ -110,7 +110,35 @@ def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
     caption = f"accuracy (%); gap: {own.label} after training less each other, paired by seed"
     table = Grid(caption, header, tuple(cells))
     figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
-    return Panel(title, figures, (table,), (verdict(group),))
+    return Panel(title, figures, (table, *_speed(group)), (verdict(group),))
+
+
+def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
+    """How soon each start reaches what the best of the others ends with; nothing where only sylinit was run."""
+    others = [row for row in group if not row.label.startswith("sylinit")]
+    if not others or len(others) == len(group):
+        return ()
+    best = ranked(others)[0]
+    level = mean_curve(best)[-1][1].mean
+    cells = []
+    for row in ranked(group):
+        epochs, needed = row.method.epochs, epochs_to(row, level)
+        start, whole = row.interval("init_seconds").mean, row.interval("total_seconds").mean
+        spent = None if needed is None else start + (whole - start) * needed / epochs
+        cells.append(
+            (
+                row.label,
+                "never" if needed is None else f"{needed:.1f}",
+                "" if spent is None else f"{spent:.1f}",
+                f"{start:.2f}",
+                f"{whole:.1f}",
+            )
+        )
+    caption = (
+        f"epochs of {best.method.epochs} until the mean curve reaches {100 * level:.1f} %, where {best.label} ends"
+    )
+    header = ("start", "epochs", "seconds, start included", "seconds of the start", "seconds in all")
+    return (Grid(caption, header, tuple(cells)),)
 
 
 def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:

@@ -122,7 +122,7 @@ def samples(quick: bool) -> Plan:
 
 
 def timing(quick: bool) -> Plan:
-    """One size at a time from a common middle, for sylinit's main codes and LSUV."""
+    """One size at a time from a common middle, for sylinit's main codes, its exact solver and LSUV."""
     middle = {"depth": 8, "width": 256, "samples": 1000}
     sweeps: dict[str, tuple[int, ...]] = {
         "depth": (2, 4) if quick else (2, 4, 8, 16, 32),
@@ -131,7 +131,8 @@ def timing(quick: bool) -> Plan:
     }
     starts: list[tuple[str, Pairs]] = [("sylinit", ()), ("lsuv", ())]
     if not quick:
-        starts[1:1] = [("sylinit", (("code", code),)) for code in ("pca", "label", "kmeans")]
+        variants: list[Pairs] = [(("code", code),) for code in ("pca", "label", "kmeans")]
+        starts[1:1] = [("sylinit", options) for options in (*variants, (("solver", "exact"),))]
     arms = [
         Experiment(
             "synthetic",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sylinit.study.experiment import Experiment
 from sylinit.study.runner import Study
@@ -78,6 +79,24 @@ def ours(rows: Sequence[Row]) -> Row | None:
     named = [row for row in rows if row.label.startswith("sylinit")]
     plain = [row for row in named if row.label == "sylinit"]
     return next(iter(plain or (named if len(named) < len(rows) else [])), None)
+
+
+def mean_curve(row: Row) -> list[tuple[float, Interval]]:
+    """``(epoch, accuracy)`` at the epochs that all seeds measured."""
+    curves = [dict(map(tuple, record.result["curve"])) for record in row.records]
+    epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
+
+
+def epochs_to(row: Row, level: float) -> float | None:
+    """Epochs until the mean curve, straight between its points, first reaches `level`; None if it never does."""
+    curve = [(epoch, accuracy.mean) for epoch, accuracy in mean_curve(row)]
+    if curve[0][1] >= level:
+        return 0.0
+    for (start, low), (end, high) in pairwise(curve):
+        if high >= level:
+            return start + (end - start) * (level - low) / (high - low)
+    return None
 
 
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
