@@ -15,6 +15,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.pool import cores, pool
 from sylinit.study.presets import MIXED
+from sylinit.study.statistics import paired
 from sylinit.study.store import environment
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
@@ -112,14 +114,16 @@ def main() -> None:
     table = defaultdict(list)
     for run in runs:
         table[run.experiment.model, run.experiment.lr, run.values].append(done[run.key])
-    print(f"{'network':10}{'rate':>6}  {'changed':26}{'before':>8}{'after':>8}   each")
+    print("accuracy (%); gap: the defaults less each change, paired by draw, with 95 % intervals")
+    print(f"{'network':10}{'rate':>6}  {'changed':24}{'before':>8}{'gap':>14}{'after':>8}{'gap':>14}")
     for (model, lr, values), results in table.items():
-        before, after = ([100 * float(r[name]) for r in results] for name in ("before", "after"))
         changed = ", ".join(f"{name} {value:g}" for name, value in values) or "nothing"
-        print(
-            f"{model:10}{lr:>6}  {changed:26}{sum(before) / len(before):8.1f}{sum(after) / len(after):8.1f}   "
-            + " ".join(f"{value:.1f}" for value in after)
-        )
+        cells = ""
+        for metric in ("before", "after"):
+            these, kept = ([float(r[metric]) for r in rows] for rows in (results, table[model, lr, ()]))
+            gap = paired(kept, these).percent(sign=True) if values else ""
+            cells += f"{100 * mean(these):8.1f}{gap:>14}"
+        print(f"{model:10}{lr:>6}  {changed:24}{cells}")
 
 
 if __name__ == "__main__":

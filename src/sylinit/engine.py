@@ -69,7 +69,8 @@ def initialize_(
         model: any module, of any floating-point dtype; it is run in eval mode, and its modes are put back.
         batches: calibration data: an iterable of ``x``, ``(x, y)`` or mappings (``labels`` is the target). ``y`` holds
             class indices ``[n]`` (or ``[n, positions]`` for tokens and pixels; -100 is ignored), soft labels or real
-            values ``[n, c]``.
+            values ``[n, c]``. Each sample once: copies of one, mirrored or shifted, count as independent evidence when
+            the head's encoding weight is chosen.
         code: the latent code: a name in `sylinit.CODES`, a `Code`, a callable ``(x, target, units, generator) -> s``, a
             scikit-learn transformer, a tensor ``[samples, units]``, or a mapping from name pattern to any of these.
         encoding_weight: lambda, the weight of encoding against decoding in all layers; positive. None means 4, and for
