@@ -52,15 +52,17 @@ def patch_moments(view: View, inputs: Sequence[tuple[Any, Tensor]], dtype: torch
     Returns:
         The moments of ``[1, x, t]``, exact to rounding.
     """
-    short = [pair for pair in inputs if pays(view, pair[0])]
+    short: list[tuple[Any, Tensor]] = []
+    others: list[tuple[Any, Tensor]] = []
+    for pair in inputs:
+        (short if pays(view, pair[0]) else others).append(pair)
     if short:
         assert isinstance(view, ConvView)
         sums = correlate(view, short, dtype)
     else:
         sums = Moments.zeros(view.groups, view.dim, inputs[0][1].shape[1], inputs[0][1].device, dtype)
-    for x, t in inputs:
-        if not pays(view, x):
-            stream(sums, view, x, t)
+    for x, t in others:
+        stream(sums, view, x, t)
     return sums
 
 
