@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,36 @@ NAMES = ["pca", "label", "mixed", "lda", "random", "random_projection", "kmeans"
 
 def test_every_code_is_tested():
     assert set(NAMES) == set(CODES)
+
+
+def test_a_share_of_label_units_by_name() -> None:
+    x, y = vectors()
+    weights = []
+    for code in ("mixed:0.5", sylinit.mixed(0.5), "mixed:0"):
+        model = small_mlp()
+        sylinit.initialize_(model, [(x, y)], code=code)
+        weights.append(model[0].weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    for wrong in ("mixed:half", "mixed:", "mixed:2"):
+        with pytest.raises(SylinitError, match="share of label units, 0 to 1"):
+            sylinit.initialize_(small_mlp(), [(x, y)], code=wrong)
+
+
+@pytest.mark.parametrize("name", ["kmeans", "ica", "nmf"])
+def test_codes_of_scikit_learn_say_that_they_need_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sklearn", "sklearn.cluster", "sklearn.decomposition"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SylinitError, match=rf"layer '0'.*'{name}' needs scikit-learn.*\[codes\]"):
+        sylinit.initialize_(small_mlp(), [vectors()], code=name)
+
+
+def test_what_a_users_code_misses_is_not_blamed_on_scikit_learn() -> None:
+    def code(x: Tensor) -> Tensor:
+        raise ModuleNotFoundError("No module named 'mine'", name="mine")
+
+    with pytest.raises(ModuleNotFoundError, match="mine"):
+        sylinit.initialize_(small_mlp(), [vectors()], code=code)
 
 
 def matrices(weight: Tensor, groups: int = 1) -> Tensor:

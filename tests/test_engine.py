@@ -96,7 +96,8 @@ def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same
         assert torch.equal(norm.weight, torch.full_like(norm.weight, NORM_SCALE))
         assert torch.equal(norm.bias, torch.full_like(norm.bias, NORM_OFFSET * NORM_SCALE))
     assert torch.allclose(half.eval()(x), whole.eval()(x), atol=1e-2)  # up to the eps of the normalisations
-    assert sum(layer.action == "recalibrated" for layer in report.layers) == len(norms)
+    reasons = [layer.reason for layer in report.layers if layer.action == "recalibrated"]
+    assert reasons == ["running statistics, weight 0.5, bias 0.25"] * len(norms)
 
 
 @pytest.mark.parametrize("started", ["trained", "at zero", "frozen", "not selected"])
@@ -142,6 +143,7 @@ def test_only_selected_layers_change_and_statistics_after_them():
     # (the running variance after a layer of unit variance is the same number again)
     assert changed - {"3.norm2.running_var"} == {"3.conv2.weight", "3.norm2.running_mean", "7.weight", "7.bias"}
     assert report["3.norm2"].action == "recalibrated"
+    assert report["3.norm2"].reason == "running statistics"
     assert report["0"].action == "left alone"
     assert report["1"].reason == "its input did not change"
 

@@ -14,6 +14,7 @@ Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylves
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.engine import initialize_
 from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
+from sylinit.processes import ProcessFailedError
 from sylinit.report import LayerReport, Report
 from sylinit.sylvester import Solution, solve_sylvester, sylvester_
 
@@ -24,6 +25,7 @@ __all__ = [
     "Code",
     "LayerReport",
     "LinearCode",
+    "ProcessFailedError",
     "Report",
     "Solution",
     "SylinitError",

@@ -138,6 +138,8 @@ def register_code(
 def as_code(code: Any) -> Code:
     """Read what a user passes as ``code=``: a name, a `Code`, a scikit-learn transformer, a tensor or a callable.
 
+    ``"mixed:0.5"`` is `mixed` with that share of label units.
+
     Raises:
         SylinitError: an unknown name (with the nearest ones), or something that is none of these.
     """
@@ -146,6 +148,12 @@ def as_code(code: Any) -> Code:
     if isinstance(code, str):
         if code in CODES:
             return CODES[code]
+        name, _, share = code.partition(":")
+        if name == "mixed":
+            try:
+                return mixed(float(share))
+            except ValueError:
+                raise SylinitError(f"code={code!r}: after 'mixed:' comes the share of label units, 0 to 1") from None
         near = difflib.get_close_matches(code.lower(), CODES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see sylinit.CODES."
         raise SylinitError(f"code={code!r} is no registered latent code; {hint} Registered: {', '.join(CODES)}.")
@@ -380,7 +388,15 @@ def call(code: Code, layer: str, x: Tensor, target: Tensor | None, units: int, g
     """
     offered = {"target": target, "units": units, "generator": generator}
     arguments = {key: offered[key] for key in _asked(code, layer, offered)}
-    result = code.function(x, **arguments)
+    try:
+        result = code.function(x, **arguments)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "sklearn":  # a user's own function may miss anything
+            raise
+        raise SylinitError(
+            f"layer {layer!r}: the code {code.name!r} needs scikit-learn, which is not installed; "
+            "install it, or sylinit with its extra [codes]"
+        ) from error
     try:
         s = torch.as_tensor(result).to(x)
     except (TypeError, ValueError, RuntimeError) as error:

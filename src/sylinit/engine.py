@@ -62,8 +62,11 @@ def initialize_(
 
         minimise  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
 
-    and is then scaled to unit output variance and centred. Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
+    and is then scaled to unit output variance and centred. Normalisations with running statistics get those of their
+    input, and one that is as PyTorch makes it also half its weight and a positive offset (`sylinit.calibrate`).
+    Without labels there is no head: the last layer is computed like the others.
     All or nothing: after any exception the model is bit for bit what it was.
+    Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
 
     Args:
         model: any module, of any floating-point dtype; it is run in eval mode, and its modes are put back.
@@ -71,8 +74,9 @@ def initialize_(
             class indices ``[n]`` (or ``[n, positions]`` for tokens and pixels; -100 is ignored), soft labels or real
             values ``[n, c]``. Each sample once: copies of one, mirrored or shifted, count as independent evidence when
             the head's encoding weight is chosen.
-        code: the latent code: a name in `sylinit.CODES`, a `Code`, a callable ``(x, target, units, generator) -> s``, a
-            scikit-learn transformer, a tensor ``[samples, units]``, or a mapping from name pattern to any of these.
+        code: the latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a
+            callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``,
+            or a mapping from name pattern to any of these. Without labels the default falls back to "pca".
         encoding_weight: lambda, the weight of encoding against decoding in all layers; positive. None means 4, and for
             the head the weight of least generalised cross-validation error on the calibration data.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
@@ -80,7 +84,9 @@ def initialize_(
         head: the name of the layer whose outputs are the logits or predictions; "auto" takes the last layer whose width
             fits the targets; None where there is none.
         rows: rows of input read per layer: an upper bound, "all", or None for a budget derived from the layer's width.
-        variance: of each unit's output on the calibration data.
+            Codes that are fitted on rows read at most 20,000.
+        variance: of each unit's output on the calibration data. Heads, and convolutions without a bias, which are taken
+            to feed a normalisation, have a scale of their own.
         solver: "auto" takes for each layer the cheapest route to a relative residual of at most 1e-3: all principal
             axes (exact), the space of its rows where those are few (exact too), or the leading principal axes and
             conjugate gradients (projected), for wide layers and codes made of leading components; "exact" never
@@ -310,9 +316,11 @@ class _Pass:
             raise SylinitError(not_finite(door.name))
         self._snapshot.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
+        reason = "running statistics"
         if door.selected and start_fresh(norm):
             self._snapshot.keep(norm.weight, norm.bias)
-        return LayerReport(door.name, door.kind, "recalibrated", rows=int(sums[0, 0]))
+            reason += f", weight {norm.weight[0]:g}, bias {norm.bias[0]:g}"
+        return LayerReport(door.name, door.kind, "recalibrated", reason, rows=int(sums[0, 0]))
 
     def _matrix(self, door: Door, number: int, waiting: dict[int, Any]) -> LayerReport:
         """Compute one matrix: choose and code its rows, solve, write back."""

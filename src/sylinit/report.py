@@ -26,7 +26,7 @@ class LayerReport:
         solver: "exact", "row-space" or "projected".
         rank: numerical rank of the weight, summed over groups.
         encoding_weight: lambda, as given or as chosen.
-        residual: ``||A W + W B - C|| / ||C||``.
+        residual: ``||A W + W B - C|| / ||C||`` of the solution; this and the errors are of W before it is scaled.
         encoding_error: ``||W X - S||^2 / ||S||^2``.
         decoding_error: ``||X - W^T S||^2 / ||X||^2``.
         dead_units: share of units that are zero.

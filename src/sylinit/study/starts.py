@@ -148,8 +148,6 @@ def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int =
 
     pytorch(model, x, y, seed)
     parts = zip(x[:samples].split(BATCH), y[:samples].split(BATCH), strict=True)
-    if "code" in options:
-        options["code"] = _code(options["code"])
     initialize_(model, list(parts), generator=torch.Generator().manual_seed(seed), **options)
 
 
@@ -204,15 +202,6 @@ def check_start(name: str) -> None:
         raise SylinitError(
             f"start {name!r}: expected one of {', '.join(STARTS)}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-
-
-def _code(code: Any) -> Any:
-    """``"mixed:0.5"`` is `mixed` with half of its units from labels; other codes are as they are."""
-    if isinstance(code, str) and code.startswith("mixed:"):
-        from sylinit import mixed
-
-        return mixed(float(code.partition(":")[2]))
-    return code
 
 
 def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, budget: int = 20_000) -> Tensor:
