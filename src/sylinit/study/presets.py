@@ -63,9 +63,14 @@ def fewshot(quick: bool) -> Plan:
         Experiment(data, model, start, shots, epochs=10 if quick else epochs_for(shots))
         for data, model in cells
         for shots in ((5, 20) if quick else (5, 10, 20, 50, 100, 500))
-        for start in (FEW if quick else STARTS)
+        for start in (FEW if quick else starts_for(model))
     ]
     return _plan(arms, quick, seeds=5)
+
+
+def starts_for(model: str) -> list[str]:
+    """Every start that differs from the others: under normalisation PCA whitening is not rescaled."""
+    return [start for start in STARTS if not (model == "resnet20" and start == "pca-whitening-rescaled")]
 
 
 def epochs_for(shots: int) -> int:
@@ -77,7 +82,10 @@ def scratch(quick: bool) -> Plan:
     """The full training set, ResNet-20, images mirrored and shifted."""
     setting = (("crop", 4), ("points", 30), ("batch_size", 128))
     base = Experiment("digits", "mlp", "", epochs=6) if quick else Experiment("cifar10", "resnet20", "", epochs=60)
-    arms = [replace(base, start=start, setting=() if quick else setting) for start in (FEW if quick else STARTS)]
+    arms = [
+        replace(base, start=start, setting=() if quick else setting)
+        for start in (FEW if quick else starts_for(base.model))
+    ]
     return replace(_plan(arms, quick, seeds=3), grid=QUICK_GRID if quick else (0.1, 0.3, 1.0))
 
 
@@ -159,7 +167,7 @@ def learning_rate(quick: bool) -> Plan:
         for data, model, shots in cells
         for optimiser in ("sgd", "adamw")
         for lr in (GRIDS[optimiser][1:3] if quick else GRIDS[optimiser])
-        for start in (FEW if quick else STARTS)
+        for start in (FEW if quick else starts_for(model))
     ]
     return replace(_plan(arms, quick, seeds=3), grid=())
 
