@@ -84,6 +84,43 @@ def test_a_single_row_that_only_a_late_layer_meets():
     refused(model, [(x, y)], "layer '3'", "1 row", "at least 2", head="3")
 
 
+class TwoInputs(nn.Module):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.both, self.fc = nn.Bilinear(first, second, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.both(x, x))
+
+
+class Attending(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attend, self.fc = nn.MultiheadAttention(width, 1, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2)
+        return self.fc(self.attend(tokens, tokens, tokens)[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), ["layer '1' .Linear.", "9 features", r"\[60, 128\]"]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)), ["'0' .Conv2d.", "3 channels", "60, 2"]),
+        (nn.Sequential(nn.Conv2d(2, 4, 9), nn.Flatten(), nn.Linear(4, 3)), ["'0' .Conv2d.", r"kernel \[9, 9\]"]),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 3)), ["'0'", "3 channels"]),
+        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(24, 3)), ["'0' .Conv1d.", "1 spatial"]),
+        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(144, 3)), ["'1'", "5 channels"]),
+        (nn.Sequential(nn.InstanceNorm2d(60, track_running_stats=True), nn.Flatten(), nn.Linear(9, 3)), ["'0'", "60"]),
+        (nn.Sequential(nn.Flatten(), TwoInputs(128, 9)), ["layer '1.both' .Bilinear.", "9 features", "second input"]),
+        (Attending(32), [r"layer 'attend.in_proj.query'", "32 features", r"\[60, 2, 64\]"]),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_a_layer(model: nn.Module, words: list[str]) -> None:
+    refused(model, [images()], *words, "make the layer or the data fit|larger inputs")
+
+
 @pytest.mark.parametrize("code", ["label", "lda"])
 def test_labels_missing_where_the_code_needs_them(code):
     refused(small_mlp(), [X], f"code '{code}' needs labels", r"\(x, y\)", "pca", code=code)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from sylinit.errors import SylinitError
 from sylinit.moments import Covariance
 
 FLOOR = 0.1
@@ -99,13 +100,25 @@ def keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None
 
 
+def check_channels(name: str, module: Any, x: Tensor) -> None:
+    """Refuse an input whose channels are not those of a normalisation layer.
+
+    Raises:
+        SylinitError: naming the layer.
+    """
+    if _batched(module, x).shape[1:2] != (module.num_features,):
+        raise SylinitError(
+            f"layer {name!r} ({type(module).__name__}): expected {module.num_features} channels in its input, "
+            f"got shape {list(x.shape)}; make the layer or the data fit"
+        )
+
+
 def norm_sums(module: Any, x: Tensor) -> Tensor:
     """``[3, channels]`` float64: count, sum and sum of squares of each channel, over samples and positions.
 
     Sums over the positions of a sample run in float32, all others in float64: the cut into batches changes nothing.
     """
-    dims = next((dims for dims in (1, 2, 3) if type(module).__name__.endswith(f"{dims}d")), 0)
-    rows = x.unsqueeze(0) if isinstance(module, _InstanceNorm) and x.ndim == dims + 1 else x
+    rows = _batched(module, x)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     count = rows.numel() / module.num_features
     each = rows.reshape(*rows.shape[:2], -1)
@@ -116,6 +129,12 @@ def norm_sums(module: Any, x: Tensor) -> Tensor:
         mean, variance = (part.double() for part in torch.batch_norm_update_stats(rows, None, None, 0.0))
         total, squares = mean * count, (variance + mean.square()) * count
     return torch.stack([torch.full_like(total, count), total, squares])
+
+
+def _batched(module: nn.Module, x: Tensor) -> Tensor:
+    """The input as ``[samples, channels, ...]``: InstanceNorm takes single samples, too."""
+    dims = next((dims for dims in (1, 2, 3) if type(module).__name__.endswith(f"{dims}d")), 0)
+    return x.unsqueeze(0) if isinstance(module, _InstanceNorm) and x.ndim == dims + 1 else x
 
 
 @torch.no_grad()

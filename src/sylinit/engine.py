@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sylinit.calibrate import norm_sums, start_fresh, write_statistics
+from sylinit.calibrate import check_channels, norm_sums, start_fresh, write_statistics
 from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
 from sylinit.errors import SylinitError, UnsupportedLayerError
@@ -258,8 +258,7 @@ class _Pass:
                 if isinstance(view, AttentionOutputView):
                     view.strip()  # last, and met behind the module: no lane waits in between
                 else:
-                    x = view.input(args, kwargs) if view else (args[0] if args else kwargs["input"])
-                    self._lanes.meet(number, x)
+                    self._lanes.meet(number, _input(self._plan.doors[number], args, kwargs))
 
         return meet
 
@@ -452,6 +451,17 @@ def _code_for(door: Door, gathered: Gathered) -> tuple[Code, str]:
     reason = "its rows cannot be matched to samples"
     remedy = "choose another for this layer, as in code={'pattern': 'pca'}"
     return code.without_labels(door.name, reason, remedy), f"{reason}, so no labels were used"
+
+
+def _input(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a door reads from the arguments of its module, if the module itself could read it."""
+    if door.view is not None:
+        x = door.view.input(args, kwargs)
+        door.view.check(x)
+        return x
+    x = args[0] if args else kwargs["input"]
+    check_channels(door.name, door.module, x)
+    return x
 
 
 def _left_alone(door: Door, reason: str) -> LayerReport:

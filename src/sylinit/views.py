@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from sylinit.errors import UnsupportedLayerError
+from sylinit.errors import SylinitError, UnsupportedLayerError
 
 Shape = tuple[int, tuple[int, ...]]
 """(samples, positions of each sample): how a layer's rows are numbered."""
@@ -74,6 +74,24 @@ class View:
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the weight multiplies, from the arguments of the module's forward."""
         return args[0] if args else kwargs["input"]
+
+    def check(self, x: Any) -> None:
+        """Refuse what the module's own forward would refuse, in words that name the layer.
+
+        Args:
+            x: what `input` returned.
+
+        Raises:
+            SylinitError: the number of features does not fit.
+        """
+        self._check_features(x, self.dim)
+
+    def _check_features(self, x: Tensor, features: int, which: str = "") -> None:
+        if not x.ndim or x.shape[-1] != features:
+            raise SylinitError(
+                f"layer {self.name!r} ({self.kind}): expected {features} features in the last dimension of its "
+                f"{which}input, got shape {list(x.shape)}; make the layer or the data fit"
+            )
 
     def positions(self, x: Any) -> Shape:
         """(samples, positions of each sample); row number ``sample * positions + position``."""
@@ -142,10 +160,17 @@ class TransposedLinearView(View):
 class BilinearView(View):
     """``y = x1^T W x2 + b``: its rows are the outer products of its two inputs."""
 
+    module: Any
+
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Both inputs."""
         first = args[0] if args else kwargs["input1"]
         return first, args[1] if len(args) > 1 else kwargs["input2"]
+
+    def check(self, x: Any) -> None:
+        """Both inputs have features of their own."""
+        self._check_features(x[0], self.module.in1_features, "first ")
+        self._check_features(x[1], self.module.in2_features, "second ")
 
     def positions(self, x: Any) -> Shape:
         """As those of the first input."""
@@ -194,6 +219,20 @@ class ConvView(View):
             patches.masked_fill_(~inside.unsqueeze(2), 0)
         patches = patches.unflatten(2, (self.groups, self.channels))
         return patches.permute(2, 0, 3, 1).reshape(self.groups, len(index), self.dim)
+
+    def check(self, x: Any) -> None:
+        """Channels, number of dimensions, and room for at least one output."""
+        images, channels, dims = self.images(x), self.groups * self.channels, len(self.module.kernel_size)
+        if images.ndim != dims + 2 or images.shape[1] != channels:
+            raise SylinitError(
+                f"layer {self.name!r} ({self.kind}): expected an input of {channels} channels and {dims} spatial "
+                f"dimensions, got shape {list(images.shape)}; make the layer or the data fit"
+            )
+        if min(self.places(x)) < 1:
+            raise SylinitError(
+                f"layer {self.name!r} ({self.kind}): its kernel {list(self.module.kernel_size)} does not fit into an "
+                f"input of shape {list(images.shape)}; give it larger inputs"
+            )
 
     def images(self, x: Any) -> Tensor:
         """The input as ``[samples, channels, *sizes]``."""
