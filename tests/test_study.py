@@ -19,6 +19,7 @@ from sylinit.errors import SylinitError
 from sylinit.study.figures import lines, save
 from sylinit.study.finetune import HEADS, features, replace_head
 from sylinit.study.models import MODELS, build
+from sylinit.study.presets import starts_for
 from sylinit.study.starts import STARTS, apply_start, equal_rates
 from sylinit.study.statistics import exponent, interval, paired
 from sylinit.study.train import Recipe, accuracy, area_under, augment, train
@@ -149,6 +150,17 @@ def test_networks_that_rescaling_would_change_are_left_alone() -> None:
     with torch.no_grad():
         equal_rates(model, [model[0], model[2]], x)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_presets_leave_out_a_start_only_where_it_equals_another() -> None:
+    assert set(starts_for("cnn")) == set(STARTS)
+    assert set(STARTS) - set(starts_for("resnet20")) == {"pca-whitening-rescaled"}
+    x, y = images(20)
+    models = [build("resnet20", (2, 8, 8), 3) for _ in range(2)]
+    for model, start in zip(models, ("pca-whitening", "pca-whitening-rescaled"), strict=True):
+        apply_start(start, model, x, y, 0)
+    state, other = (model.state_dict() for model in models)
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
 def test_unknown_start_names_the_nearest() -> None:
