@@ -103,7 +103,7 @@ def finetune(quick: bool) -> Plan:
         for shots in ((10,) if quick else (10, 20, 50))
         for head in HEADS
     ]
-    grid = (0.001, 0.003) if quick else (0.0003, 0.001, 0.003, 0.01, 0.03)
+    grid = (0.001, 0.003) if quick else (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
     return replace(_plan(arms, quick, seeds=5), grid=grid)
 
 
