@@ -114,9 +114,9 @@ def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
 
 
 def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
-    """How soon each start reaches what the best of the others ends with; nothing where only sylinit was run."""
+    """How soon each start reaches what the best of the others ends with; nothing without sylinit and others."""
     others = [row for row in group if not row.label.startswith("sylinit")]
-    if not others or len(others) == len(group):
+    if not others or ours(group) is None:
         return ()
     best = ranked(others)[0]
     level = mean_curve(best)[-1][1].mean
