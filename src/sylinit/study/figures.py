@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from sklearn.isotonic import isotonic_regression
 
 from sylinit.study.statistics import Interval
@@ -110,6 +110,7 @@ def lines(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if scale == 1.0:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # all nine of a decade would overlap
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel or TITLES.get(metric, metric))
