@@ -51,7 +51,7 @@ SHARES = (0.0, 0.125, 0.25, 0.5)
 def subclasses(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
     """All layers but the head see each class as two clusters of its images, shrunk to 8x8."""
     pytorch(model, x, y, seed)
-    *inner, head = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    *inner, head = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
     small = F.adaptive_avg_pool2d(x, 8).flatten(1).numpy()
     finer = torch.zeros_like(y)
     for label in y.unique().tolist():
