@@ -23,7 +23,7 @@ from sylinit.study.forecast import counted, forecast
 from sylinit.study.page import panels, write_page
 from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
-from sylinit.study.runner import Plan, choose, execute, read, run, run_study, subset
+from sylinit.study.runner import Plan, Study, choose, execute, read, run, run_study, subset
 from sylinit.study.store import Record, Store
 from sylinit.study.summary import Row, epochs_to, gap, ours, rows, verdict
 
@@ -360,6 +360,7 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
         assert found
         tables = [table for panel in found for table in panel.tables]
         assert all(panel.figures and panel.tables for panel in found)
+        assert len({panel.name for panel in found}) == len(found)
         assert all(len(cells) == len(table.header) for table in tables for cells in table.cells)
         assert read(plan, store).records == study.records
         if preset.name == "time":
@@ -370,6 +371,22 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
     assert "data:image/svg+xml;base64," in text
     assert 'src="http' not in text
     assert "quick scale" in text
+
+
+def test_figures_of_a_part_have_the_names_they_have_in_the_whole() -> None:
+    preset = PRESETS["fewshot"]
+    names = []
+    for chosen in ({}, {"--models": ("model", ["cnn"])}):
+        plan = part(preset.plan(False), chosen)
+        records = tuple(
+            Record(replace(arm, seed=seed), {"before": 0.1, "after": 0.5, "area": 0.4, "diverged": False}, {})
+            for arm in plan.arms
+            for seed in plan.seeds
+        )
+        names.append([panel.name for panel in panels(preset, Study(plan, records, {}))])
+    whole, cnn = names
+    assert cnn == [name for name in whole if "cnn" in name]
+    assert len(whole) > len(cnn) > 0
 
 
 def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:

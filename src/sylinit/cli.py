@@ -270,7 +270,7 @@ def study(
     if dry_run:
         _announce(plan, path)
         return
-    for number, panel in enumerate(panels(chosen, _run(plan, path))):
+    for panel in panels(chosen, _run(plan, path)):
         for grid in panel.tables:
             # not as the table's title, which would be folded to the width of a narrow table
             console.print(f"{panel.title}: {grid.caption}", style="italic", highlight=False, markup=False)
@@ -283,7 +283,7 @@ def study(
         for remark in panel.remarks:
             console.print(remark, highlight=False, markup=False)
         for name, figure in panel.figures:
-            save(figure, out / "figures" / f"{path.stem}-{number}-{name}")
+            save(figure, out / "figures" / f"{path.stem}-{panel.name}-{name}")
     console.print(f"figures: {out / 'figures'}; page of all results: sylinit study report --out {out}", soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,9 +55,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Panel:
-    """One data set and network of a preset: figures, tables and remarks."""
+    """One data set and network of a preset: figures, tables and remarks.
+
+    `name` is for files: another part of the preset's study has other names.
+    """
 
     title: str
+    name: str
     figures: tuple[tuple[str, Figure], ...]
     tables: tuple[Grid, ...]
     remarks: tuple[str, ...] = ()
@@ -64,30 +69,33 @@ class Panel:
 
 def panels(preset: Preset, study: Study) -> list[Panel]:
     """The panels of a study as far as it has been run."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
     several = len({row.method.optimiser for row in rows(study)}) > 1
+    measured = "" if study.plan.split == "test" else " (held-back training data)"
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows(study):
         method = row.method
-        name = preset.axis(method)[0] if preset.axis else ""
-        data = "all training data" if method.shots is None else f"{method.shots} examples a class"
-        size = "" if name == "shots" or method.task == "time" else data
-        groups.setdefault((method.dataset, method.model, size, method.optimiser if several else "", name), []).append(
-            row
-        )
-    measured = "" if study.plan.split == "test" else " (held-back training data)"
-    return [
-        _panel(preset, group, ", ".join(filter(None, key[:-1])) + measured, key[-1]) for key, group in groups.items()
-    ]
+        axis = preset.axis(method)[0] if preset.axis else ""
+        fixed = axis != "shots" and method.task != "time"  # the number of examples
+        size = "all training data" if method.shots is None else f"{method.shots} examples a class"
+        optimiser = method.optimiser if several else ""
+        title = _joined(", ", method.dataset, method.model, size if fixed else "", optimiser) + measured
+        short = _joined("-", method.dataset, method.model, str(method.shots or "all") if fixed else "", optimiser, axis)
+        groups.setdefault((title, re.sub("[^a-z0-9]+", "-", short.lower()), axis), []).append(row)
+    return [_panel(preset, group, *key) for key, group in groups.items()]
 
 
-def _panel(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
-    drawn = _swept(preset, group, title, axis) if preset.axis else _flat(preset, group, title)
+def _joined(between: str, *words: str) -> str:
+    return between.join(filter(None, words))
+
+
+def _panel(preset: Preset, group: list[Row], title: str, name: str, axis: str) -> Panel:
+    drawn = _swept(preset, group, title, name, axis) if preset.axis else _flat(preset, group, title, name)
     edges = sorted({row.label for row in group if row.at_edge})
     remark = f"Learning rate at an edge of the grid: {', '.join(edges)}." if edges and not drawn.remarks else ""
     return replace(drawn, remarks=(*drawn.remarks, *filter(None, [remark])))
 
 
-def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
+def _flat(preset: Preset, group: list[Row], title: str, name: str) -> Panel:
     shown = [metric for metric in ("before", "after", "area") if group[0].values(metric)]
     own = ours(group) or ranked(group)[0]
 
@@ -110,7 +118,7 @@ def _flat(preset: Preset, group: list[Row], title: str) -> Panel:
     caption = f"accuracy (%); gap: {own.label} after training less each other, paired by seed"
     table = Grid(caption, header, tuple(cells))
     figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
-    return Panel(title, figures, (table, *_speed(group)), (verdict(group),))
+    return Panel(title, name, figures, (table, *_speed(group)), (verdict(group),))
 
 
 def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
@@ -141,7 +149,7 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
     return (Grid(caption, header, tuple(cells)),)
 
 
-def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
+def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -> Panel:
     assert preset.axis is not None
     series: dict[str, dict[Any, Row]] = {}
     for row in group:
@@ -152,7 +160,7 @@ def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
     places = sorted({value for points in series.values() for value in points})
     xlabel = {"shots": "labelled examples a class", "lr": "peak learning rate"}.get(axis, axis)
     if len(places) == 1 and group[0].values("after"):
-        return _flat(preset, group, f"{title}, {xlabel}: {places[0]:g}")
+        return _flat(preset, group, f"{title}, {xlabel}: {places[0]:g}", f"{name}-{places[0]:g}")
     figures, tables = [], []
     for metric in preset.metrics:
         drawn: dict[str, list[tuple[float, Interval]]] = {
@@ -172,7 +180,7 @@ def _swept(preset: Preset, group: list[Row], title: str, axis: str) -> Panel:
         own = ours(group)
         if own is not None and SCALES.get(metric) == 100.0 and len(drawn) > 1:
             tables.append(_gaps(own.label, series, metric, xlabel, places))
-    return Panel(title, tuple(figures), tuple(tables))
+    return Panel(title, name, tuple(figures), tuple(tables))
 
 
 def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], axis: str) -> Grid:
