@@ -325,6 +325,8 @@ def test_figures_are_written_twice_and_name_every_line(tmp_path: Path) -> None:
     assert "</svg>" in svg.read_text()
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(texts) == ["he-normal", "sylinit"]
+    again = save(lines(series, "a title", "shots", "after", log=True), tmp_path / "again")
+    assert again[1].read_bytes() == svg.read_bytes()
 
 
 @pytest.mark.parametrize("name", HEADS)

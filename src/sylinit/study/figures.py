@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -142,10 +143,16 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str]], looks: Mapping[
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write ``path.png`` and ``path.svg`` and return both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    for target in written:
-        figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
-    return written
+    png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))
+    figure.savefig(png, dpi=150)
+    save_svg(figure, svg)
+    return [png, svg]
+
+
+def save_svg(figure: Figure, target: Path | BinaryIO) -> None:
+    """Write an SVG file that is the same byte for byte when the figure is."""
+    with rc_context({"svg.hashsalt": "sylinit"}):
+        figure.savefig(target, format="svg", metadata={"Date": None})
 
 
 def _half(value: Interval, scale: float) -> float | None:

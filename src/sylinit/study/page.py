@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from sylinit.errors import SylinitError
 from sylinit.study.experiment import Experiment
-from sylinit.study.figures import SCALES, TITLES, before_and_after, learning_curves, lines
+from sylinit.study.figures import SCALES, TITLES, before_and_after, learning_curves, lines, save_svg
 from sylinit.study.presets import PRESETS, Preset
 from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, read
 from sylinit.study.statistics import Interval, exponent
@@ -290,7 +290,7 @@ def _panel_html(panel: Panel) -> str:
     out += [f"<p>{html.escape(remark)}</p>" for text in panel.remarks for remark in text.splitlines()]
     for name, figure in panel.figures:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        save_svg(figure, buffer)
         code = base64.b64encode(buffer.getvalue()).decode()
         out.append(f'<img alt="{html.escape(panel.title)}: {name}" src="data:image/svg+xml;base64,{code}">')
     for table in panel.tables:
