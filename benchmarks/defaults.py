@@ -15,16 +15,15 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 from unittest import mock
 
+from harness import before_and_after
 from sylinit import calibrate, engine
 from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.pool import cores, pool
 from sylinit.study.presets import MIXED
-from sylinit.study.statistics import paired
 from sylinit.study.store import environment
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
@@ -118,12 +117,8 @@ def main() -> None:
     print(f"{'network':10}{'rate':>6}  {'changed':24}{'before':>8}{'gap':>14}{'after':>8}{'gap':>14}")
     for (model, lr, values), results in table.items():
         changed = ", ".join(f"{name} {value:g}" for name, value in values) or "nothing"
-        cells = ""
-        for metric in ("before", "after"):
-            these, kept = ([float(r[metric]) for r in rows] for rows in (results, table[model, lr, ()]))
-            gap = paired(kept, these).percent(sign=True) if values else ""
-            cells += f"{100 * mean(these):8.1f}{gap:>14}"
-        print(f"{model:10}{lr:>6}  {changed:24}{cells}")
+        kept = table[model, lr, ()] if values else None
+        print(f"{model:10}{lr:>6}  {changed:24}{before_and_after(results, kept)}")
 
 
 if __name__ == "__main__":

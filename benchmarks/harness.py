@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 
+from sylinit.study.figures import save
+from sylinit.study.statistics import paired
 from sylinit.study.store import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +30,16 @@ def seconds(action: Callable[[], Any]) -> float:
 def _finish() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def before_and_after(results: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]] | None) -> str:
+    """Cells of a table: accuracy (%) before and after training, each with how far `kept` is above it, draw by draw."""
+    cells = ""
+    for metric in ("before", "after"):
+        these = [float(result[metric]) for result in results]
+        gap = paired([float(result[metric]) for result in kept], these).percent(sign=True) if kept else ""
+        cells += f"{100 * mean(these):8.1f}{gap:>14}"
+    return cells
 
 
 class Results:
@@ -65,8 +77,7 @@ class Results:
 
 def save_figure(figure: Any, name: str) -> None:
     """As PNG and SVG beside the numbers."""
-    for suffix in ("png", "svg"):
-        figure.savefig(RESULTS / f"{name}.{suffix}", dpi=150)
+    save(figure, RESULTS / name)
 
 
 def ceilings(device: str, size: int = 2048) -> dict[str, float]:

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
+from harness import before_and_after
 from sylinit import initialize_
 from sylinit.codes import LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, Code, LinearCode, mixed
 from sylinit.study import runner
@@ -38,7 +38,6 @@ from sylinit.study.finetune import features, layer_names
 from sylinit.study.pool import cores, pool
 from sylinit.study.presets import MIXED
 from sylinit.study.starts import STARTS, pytorch
-from sylinit.study.statistics import paired
 from sylinit.study.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "ideas.jsonl"
@@ -157,12 +156,8 @@ def main() -> None:
     print("accuracy (%); gap: the library's default less each idea, paired by draw, with 95 % intervals")
     print(f"{'network':10}{'idea':16}{'before':>8}{'gap':>14}{'after':>8}{'gap':>14}")
     for (model, idea), row in rows.items():
-        cells = ""
-        for metric in ("before", "after"):
-            these, kept = ([store[e].result[metric] for e in r] for r in (row, rows[model, "sylinit"]))
-            gap = "" if idea == "sylinit" else paired(kept, these).percent(sign=True)
-            cells += f"{100 * mean(these):8.1f}{gap:>14}"
-        print(f"{model:10}{idea:16}{cells}")
+        results, kept = ([store[e].result for e in r] for r in (row, rows[model, "sylinit"]))
+        print(f"{model:10}{idea:16}{before_and_after(results, None if idea == 'sylinit' else kept)}")
 
 
 if __name__ == "__main__":
