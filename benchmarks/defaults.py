@@ -1,11 +1,11 @@
 """The library's defaults and their neighbours, judged before and after training on held-back images of CIFAR-10.
 
-    python benchmarks/defaults.py DIRECTORY [--seeds 6] [--models cnn resnet20]
+    python benchmarks/defaults.py DIRECTORY [--seeds 6] [--models cnn resnet20] [--shots 50]
 
-The scale of logits, weight and offset of normalisation layers, lambda and the share of label units. DIRECTORY holds
-CIFAR-10 as Parquet files (or is a hub id). 50 images a class, 20 epochs of SGD in mixed precision, one run a setting,
-learning rate and seed; no run sees the test set. Appends to ``benchmarks/results/defaults.jsonl``, goes on from there
-when run again, and prints the table.
+The scale of logits, weight and offset of normalisation layers, length of the filters before them, lambda and the share
+of label units. DIRECTORY holds CIFAR-10 as Parquet files (or is a hub id). 50 images a class, or on ResNet-20 500, as
+many epochs of SGD as in the study, in mixed precision, one run a setting, learning rate and seed; no run sees the test
+set. Appends to ``benchmarks/results/defaults.jsonl``, goes on from there when run again, and prints the table.
 """
 
 from __future__ import annotations
@@ -13,25 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from torch import Tensor
+
 from harness import before_and_after
-from sylinit import calibrate, engine
+from sylinit import calibrate, engine, layer
+from sylinit.moments import Covariance
+from sylinit.routes import Problem
 from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.pool import cores, pool
-from sylinit.study.presets import MIXED
+from sylinit.study.presets import MIXED, epochs_for
 from sylinit.study.store import environment
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 
 DEFAULTS = {"LOGIT_DEVIATION": 0.5, "NORM_SCALE": 0.5, "NORM_OFFSET": 0.5, "encoding_weight": 4.0}
 
-SETTINGS: dict[str, list[dict[str, float]]] = {
-    "resnet20": [
+SETTINGS: dict[tuple[str, int], list[dict[str, Any]]] = {
+    ("resnet20", 50): [
         {},
         {"NORM_OFFSET": 0.0},
         {"NORM_SCALE": 1.0},
@@ -40,7 +46,15 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"label_share": 0.0},
         {"label_share": 0.125},
     ],
-    "cnn": [
+    ("resnet20", 500): [
+        {},
+        {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": "unit variance"},
+        {"start": "pca-whitening"},
+        {"NORM_SCALE": 1.0, "filters": "unit variance"},
+        {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": "unit variance", "label_share": 0.125},
+        {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": 0.7},
+    ],
+    ("cnn", 50): [
         {},
         {"label_share": 0.0},
         {"label_share": 0.0625},
@@ -52,14 +66,14 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
 }
 """What differs from the defaults."""
 
-RATES = {"resnet20": (0.1,), "cnn": (0.01,)}
+RATES = {"resnet20": 0.1, "cnn": 0.01}
 
 
 @dataclass(frozen=True)
 class Run:
     """One training: what differs from the library's defaults, and the experiment."""
 
-    values: tuple[tuple[str, float], ...]
+    values: tuple[tuple[str, Any], ...]
     experiment: Experiment
 
     @property
@@ -68,15 +82,44 @@ class Run:
         return json.dumps([self.values, self.experiment.to_dict()], sort_keys=True)
 
 
+def make_run(data: str, model: str, shots: int, seed: int, values: dict[str, Any]) -> Run:
+    """A change, trained on one draw."""
+    share = values.get("label_share")
+    experiment = Experiment(
+        data, model, values.get("start", "sylinit"), shots, () if share is None else (("code", f"mixed:{share:g}"),),
+        lr=RATES[model], epochs=epochs_for(shots), seed=seed, split="validation", setting=MIXED,
+    )  # fmt: skip
+    return Run(tuple(values.items()), experiment)
+
+
 def work(run: Run) -> dict[str, object]:
     """Train with the constants of the library set to those of the run."""
     values = {**DEFAULTS, **dict(run.values)}
-    constants = {name: value for name, value in values.items() if name.isupper()}
-    # The function's default was bound when it was defined.
-    logits = mock.patch.object(calibrate.calibrate_logits, "__defaults__", (values["LOGIT_DEVIATION"],))
-    weight = mock.patch.object(engine, "ENCODING_WEIGHT", values["encoding_weight"])  # the head chooses its own
-    with mock.patch.multiple(calibrate, **constants), logits, weight:
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.multiple(calibrate, **{name: value for name, value in values.items() if name.isupper()})
+        )
+        # The function's default was bound when it was defined.
+        stack.enter_context(mock.patch.object(calibrate.calibrate_logits, "__defaults__", (values["LOGIT_DEVIATION"],)))
+        # the head chooses its own
+        stack.enter_context(mock.patch.object(engine, "ENCODING_WEIGHT", values["encoding_weight"]))
+        if "filters" in values:
+            stack.enter_context(mock.patch.object(layer, "_calibrate", with_filters(values["filters"])))
         return runner.run(run.experiment)
+
+
+def with_filters(wanted: str | float) -> Callable[..., Any]:
+    """The library's calibration, but for filters before a normalisation: of unit output variance, or so long."""
+    usual = layer._calibrate
+
+    def calibrated(weight: Tensor, cov: Covariance, problem: Problem) -> Any:
+        if problem.role != "directions":
+            return usual(weight, cov, problem)
+        if isinstance(wanted, float):
+            return calibrate.calibrate_directions(weight, wanted)
+        return calibrate.calibrate_units(weight, cov, 1.0)
+
+    return calibrated
 
 
 def main() -> None:
@@ -84,24 +127,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--models", nargs="*", default=[*SETTINGS], choices=SETTINGS)
+    parser.add_argument("--models", nargs="*", default=[*RATES], choices=RATES)
+    parser.add_argument("--shots", type=int, default=50)
     given = parser.parse_args()
     done: dict[str, dict[str, object]] = {}
     if RESULTS.exists():
         done = {row["key"]: row["result"] for row in map(json.loads, RESULTS.read_text().splitlines())}
-    runs = []
-    for seed in range(runner.TUNING_SEED, runner.TUNING_SEED + given.seeds):
-        for model in given.models:
-            for values in SETTINGS[model]:
-                options: list[tuple[str, Any]] = []
-                if "label_share" in values:
-                    options.append(("code", f"mixed:{values['label_share']:g}"))
-                for lr in RATES[model]:
-                    experiment = Experiment(
-                        given.data, model, "sylinit", 50, tuple(options), lr=lr, seed=seed, split="validation",
-                        setting=MIXED,
-                    )  # fmt: skip
-                    runs.append(Run(tuple(values.items()), experiment))
+    runs = [
+        make_run(given.data, model, given.shots, runner.TUNING_SEED + seed, values)
+        for seed in range(given.seeds)
+        for model in given.models
+        for values in SETTINGS.get((model, given.shots), [])
+    ]
     runner.prepare([run.experiment for run in runs], lambda what: None)
     with pool(cores()) as each, RESULTS.open("a") as file:
         for run, result in each(work, [run for run in runs if run.key not in done]):
@@ -114,11 +151,11 @@ def main() -> None:
     for run in runs:
         table[run.experiment.model, run.experiment.lr, run.values].append(done[run.key])
     print("accuracy (%); gap: the defaults less each change, paired by draw, with 95 % intervals")
-    print(f"{'network':10}{'rate':>6}  {'changed':24}{'before':>8}{'gap':>14}{'after':>8}{'gap':>14}")
+    print(f"{'network':10}{'rate':>6}  {'changed':64}{'before':>8}{'gap':>14}{'after':>8}{'gap':>14}")
     for (model, lr, values), results in table.items():
-        changed = ", ".join(f"{name} {value:g}" for name, value in values) or "nothing"
+        changed = ", ".join(f"{name} {value}" for name, value in values) or "nothing"
         kept = table[model, lr, ()] if values else None
-        print(f"{model:10}{lr:>6}  {changed:24}{before_and_after(results, kept)}")
+        print(f"{model:10}{lr:>6}  {changed:64}{before_and_after(results, kept)}")
 
 
 if __name__ == "__main__":
