@@ -36,6 +36,9 @@ RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 
 DEFAULTS = {"LOGIT_DEVIATION": 0.5, "NORM_SCALE": 0.5, "NORM_OFFSET": 0.5, "encoding_weight": 4.0}
 
+PLAIN = {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": "unit variance"}
+"""What the library would do if it left normalisations as PyTorch makes them."""
+
 SETTINGS: dict[tuple[str, int], list[dict[str, Any]]] = {
     ("resnet20", 50): [
         {},
@@ -45,14 +48,25 @@ SETTINGS: dict[tuple[str, int], list[dict[str, Any]]] = {
         {"encoding_weight": 1.0},
         {"label_share": 0.0},
         {"label_share": 0.125},
+        {**PLAIN},
+        {**PLAIN, "label_share": 0.125},
+    ],
+    ("resnet20", 100): [
+        {},
+        {**PLAIN},
+        {**PLAIN, "label_share": 0.125},
+        {"start": "pca-whitening"},
     ],
     ("resnet20", 500): [
         {},
-        {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": "unit variance"},
+        {**PLAIN},
         {"start": "pca-whitening"},
         {"NORM_SCALE": 1.0, "filters": "unit variance"},
-        {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": "unit variance", "label_share": 0.125},
+        {**PLAIN, "label_share": 0.125},
         {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": 0.7},
+        {**PLAIN, "label_share": 0.0625},
+        {**PLAIN, "label_share": 0.125, "NORM_SCALE": 0.5},
+        {"NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "label_share": 0.125},
     ],
     ("cnn", 50): [
         {},
