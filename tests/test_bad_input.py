@@ -164,6 +164,7 @@ def test_layers_that_select_nothing():
         *[({"encoding_weight": v}, ["encoding_weight", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
         *[({"variance": v}, ["variance", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
         *[({"rows": v}, ["rows", "at least 2", "'all'"]) for v in (0, 1, -5, 2.5, "some", True)],
+        *[({"train_size": v}, ["train_size", "positive integer"]) for v in (0, -5, 2.5, "some", True)],
         ({"encoding_weight": "1"}, ["encoding_weight", "'?1'?"]),
         ({"variance": None}, ["variance", "None"]),
         ({"head": "1"}, ["head='1'", "no layer"]),

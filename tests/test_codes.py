@@ -175,13 +175,13 @@ def test_the_share_of_label_units_is_what_was_asked_for(share, groups, units):
     torch.testing.assert_close(code_variance, torch.ones(groups, units).double(), rtol=0, atol=1e-9)
 
 
-def test_the_default_code_has_more_label_units_where_a_normalisation_follows():
+def test_the_default_code_has_more_label_units_where_a_normalisation_follows_and_samples_are_few():
     x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 5
 
-    def weights(code: Any) -> list[Tensor]:
+    def weights(code: Any, train_size: int | None = None) -> list[Tensor]:
         convolutions = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False)
         model = nn.Sequential(*convolutions, nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 5))
-        sylinit.initialize_(model, [(x, y)], code=code)
+        sylinit.initialize_(model, [(x, y)], code=code, train_size=train_size)
         return [layer.weight.detach() for layer in convolutions]
 
     default = weights("mixed")
@@ -189,6 +189,8 @@ def test_the_default_code_has_more_label_units_where_a_normalisation_follows():
     fixed = weights({"0": sylinit.mixed(LABEL_SHARE), "1": sylinit.mixed(NORMALISED_LABEL_SHARE)})
     assert torch.equal(default[1], fixed[1])
     assert not torch.allclose(default[1], weights(sylinit.mixed(LABEL_SHARE))[1])
+    many = weights("mixed", 5000)
+    assert torch.equal(many[1], weights(sylinit.mixed(LABEL_SHARE), 5000)[1])
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit import calibrate
 from sylinit.calibrate import LOGIT_DEVIATION, NORM_OFFSET, NORM_SCALE
+from sylinit.plan import FEW
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -98,6 +99,26 @@ def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same
     assert torch.allclose(half.eval()(x), whole.eval()(x), atol=1e-2)  # up to the eps of the normalisations
     reasons = [layer.reason for layer in report.layers if layer.action == "recalibrated"]
     assert reasons == ["running statistics, weight 0.5, bias 0.25"] * len(norms)
+
+
+def test_with_many_training_samples_normalisations_are_as_pytorch_makes_them_and_filters_of_unit_variance():
+    x, y = images()
+    model, fewer, by_default = small_resnet(), small_resnet(), small_resnet()
+    report = sylinit.initialize_(model, [(x, y)], train_size=FEW)
+    sylinit.initialize_(fewer, [(x, y)], train_size=FEW - 1)
+    sylinit.initialize_(by_default, [(x, y)])
+    assert torch.equal(weights(fewer), weights(by_default))
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+        assert torch.equal(norm.bias, torch.zeros_like(norm.bias))
+    assert {layer.reason for layer in report.layers if layer.action == "recalibrated"} == {"running statistics"}
+    # The unit's variance is what the normalisation reads; the floor holds some below it.
+    variance = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_var
+    assert float(variance.max()) < 1.05
+    assert float((variance > 0.95).float().mean()) > 0.7
+    before_norm = next(m for m in fewer.modules() if isinstance(m, nn.Conv2d) and m.bias is None)
+    lengths = before_norm.weight.flatten(1).norm(dim=1)
+    assert torch.allclose(lengths, torch.full_like(lengths, 2**0.5))
 
 
 @pytest.mark.parametrize("started", ["trained", "at zero", "frozen", "not selected"])

@@ -147,6 +147,7 @@ def init(
             batches,
             code=code,
             encoding_weight=encoding_weight,
+            train_size=len(dataset.train_y),
             solver=solver,
             generator=torch.Generator().manual_seed(seed),
             progress=progress,

@@ -21,7 +21,7 @@ from sylinit.interrupts import held_interrupts
 from sylinit.lanes import Lanes
 from sylinit.layer import Solution, approximate_layer, solve_layer, solve_layer_from_rows
 from sylinit.offload import Offload
-from sylinit.plan import Door, Plan, feeds_normalisation, make_plan
+from sylinit.plan import Door, Plan, make_plan
 from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
 from sylinit.routes import Problem, projected_pays
@@ -49,6 +49,7 @@ def initialize_(
     head: str | None = "auto",
     rows: Rows = None,
     variance: float = 1.0,
+    train_size: int | None = None,
     solver: str = "auto",
     generator: torch.Generator | None = None,
     group: Any = None,
@@ -63,7 +64,9 @@ def initialize_(
         minimise  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
 
     and is then scaled to unit output variance and centred. Normalisations with running statistics get those of their
-    input, and one that is as PyTorch makes it also half its weight and a positive offset (`sylinit.calibrate`).
+    input. Where training samples are few (fewer than `plan.FEW`, 2,000) they, and the layers that feed them, also start
+    so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive offset, and
+    filters before it He's length instead of unit variance (`sylinit.calibrate`).
     Without labels there is no head: the last layer is computed like the others.
     All or nothing: after any exception the model is bit for bit what it was.
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
@@ -85,8 +88,10 @@ def initialize_(
             fits the targets; None where there is none.
         rows: rows of input read per layer: an upper bound, "all", or None for a budget derived from the layer's width.
             Codes that are fitted on rows read at most 20,000.
-        variance: of each unit's output on the calibration data. Heads, and convolutions without a bias, which are taken
-            to feed a normalisation, have a scale of their own.
+        variance: of each unit's output on the calibration data. Heads, and, where training samples are few,
+            convolutions without a bias, which are taken to feed a normalisation, have a scale of their own.
+        train_size: how many samples the model will be trained on; None means as many as `batches` hold. Only networks
+            with normalisations depend on it.
         solver: "auto" takes for each layer the cheapest route to a relative residual of at most 1e-3: all principal
             axes (exact), the space of its rows where those are few (exact too), or the leading principal axes and
             conjugate gradients (projected), for wide layers and codes made of leading components; "exact" never
@@ -109,7 +114,7 @@ def initialize_(
     processes = Processes(group)
     processes.together(
         lambda: _check_arguments(
-            model, encoding_weight, variance, head, rows, solver, generator, offload, progress, forward
+            model, encoding_weight, variance, head, rows, train_size, solver, generator, offload, progress, forward
         )
     )
     model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
@@ -124,7 +129,9 @@ def initialize_(
                 source = generator or torch.Generator().manual_seed(0)
                 seed = int(torch.randint(2**62, (), generator=source, device=source.device))
                 data = read_data(model, batches, processes, seed, custom=forward is not None)
-                plan = processes.together(lambda: make_plan(model, layers, code, head, data.kind))
+                plan = processes.together(
+                    lambda: make_plan(model, layers, code, head, data.kind, train_size or data.samples)
+                )
                 parked = _offload(offload, plan, len(data.batches))
                 settings = _Settings(encoding_weight, variance, rows, solver, progress)
                 run = _Pass(plan, data, processes, snapshot, settings, parked)
@@ -316,7 +323,7 @@ class _Pass:
         self._snapshot.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
         reason = "running statistics"
-        if door.selected and start_fresh(norm):
+        if door.selected and door.held and start_fresh(norm):
             self._snapshot.keep(norm.weight, norm.bias)
             reason += f", weight {norm.weight[0]:g}, bias {norm.bias[0]:g}"
         return LayerReport(door.name, door.kind, "recalibrated", reason, rows=int(sums[0, 0]))
@@ -387,7 +394,7 @@ class _Pass:
         """What the layer's outputs are."""
         if door.head:
             return "logits" if self._data.kind.categorical else "values"
-        return "directions" if feeds_normalisation(door.view) else "units"
+        return "directions" if door.held else "units"
 
     def _write(self, door: Door, solution: Solution, record: LayerReport) -> LayerReport:
         """Write a solution into the module; every process writes the numbers of the first."""
@@ -474,6 +481,7 @@ def _check_arguments(
     variance: Any,
     head: Any,
     rows: Any,
+    train_size: Any,
     solver: Any,
     generator: Any,
     offload: Any,
@@ -491,6 +499,10 @@ def _check_arguments(
         raise SylinitError(f"head must be the name of a layer, 'auto' or None, got {head!r}")
     if not (rows is None or rows == "all" or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 2)):
         raise SylinitError(f"rows must be an integer of at least 2, 'all' or None, got {rows!r}")
+    if not (
+        train_size is None or (isinstance(train_size, int) and not isinstance(train_size, bool) and train_size > 0)
+    ):
+        raise SylinitError(f"train_size must be a positive integer or None, got {train_size!r}")
     if solver not in ("auto", "exact"):
         raise SylinitError(f"solver must be 'auto' or 'exact', got {solver!r}")
     if not (generator is None or isinstance(generator, torch.Generator)):

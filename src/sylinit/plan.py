@@ -30,6 +30,7 @@ class Door:
         code: the latent code of a matrix.
         head: whether its outputs are the logits or predictions.
         selected: whether the user's ``layers=`` names it.
+        held: whether it is a normalisation, or feeds one, that is to stay near its start because samples are few.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Door:
     code: Code | None = None
     head: bool = False
     selected: bool = True
+    held: bool = False
 
     @property
     def kind(self) -> str:
@@ -48,6 +50,15 @@ class Door:
     def device(self) -> torch.device:
         """Where the layer is."""
         return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+
+FEW = 2000
+"""Fewer training samples than these are few.
+
+Normalisations, and the layers that feed them, then start so that training moves them little: long filters, half scale,
+an offset, and more label units (`sylinit.calibrate`, `sylinit.codes.NORMALISED_LABEL_SHARE`). That starts better, and
+ends better while labels are few. With more, what moves learns.
+"""
 
 
 def feeds_normalisation(view: View | None) -> bool:
@@ -68,14 +79,23 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: TargetKind) -> Plan:
+def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: TargetKind, train_size: int) -> Plan:
     """Find every layer, decide what happens to it, and refuse what cannot be done.
+
+    Args:
+        model: whose layers.
+        layers: the user's choice of them.
+        code: the user's choice of latent codes.
+        head: the user's choice of the head.
+        kind: of the targets.
+        train_size: samples that the model will be trained on; `FEW` decides.
 
     Raises:
         SylinitError: an unknown layer or code, a frozen, meta-device or quantised layer among those selected, a code
             that needs labels without labels, a label out of range, or nothing to initialise.
     """
     views, norms, left = _find(model)
+    few = train_size < FEW
     modules = dict(model.named_modules())
     names = [name for name in (*modules, *(view.name for view in views)) if name]
     chosen = selector(layers, names)
@@ -97,13 +117,14 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
         _require_writable(view)
         owners.update({id(parameter): view.name for parameter in view.parameters})
         is_head = view is head_view
-        its_code = HEAD if is_head else _with_targets(_in_place(code_of(view.name), view), view.name, kind)
-        doors.append(Door(view.name, view.module, view, its_code, is_head))
+        held = few and not is_head and feeds_normalisation(view)
+        its_code = HEAD if is_head else _with_targets(_in_place(code_of(view.name), held), view.name, kind)
+        doors.append(Door(view.name, view.module, view, its_code, is_head, held=held))
     _refuse(left, modules, chosen)
     if not doors:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialise{': ' + reasons if reasons else ''}")
-    doors += [Door(name, module, selected=chosen(name, module)) for name, module in norms]
+    doors += [Door(name, module, selected=chosen(name, module), held=few) for name, module in norms]
     order = {id(module): place for place, module in enumerate(modules.values())}
     doors.sort(key=lambda door: order[id(door.module)])
     fallbacks = {door.code.name for door in doors if door.code and not kind.present and not isinstance(code, Mapping)}
@@ -150,9 +171,9 @@ def _codes(code: Any, names: list[str]) -> Any:
     return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
 
 
-def _in_place(code: Code, view: View) -> Code:
-    """The code itself, or the one that takes its place in layers that feed a normalisation."""
-    return code.normalised if code.normalised and feeds_normalisation(view) else code
+def _in_place(code: Code, held: bool) -> Code:
+    """The code itself, or the one that takes its place in layers that feed a normalisation where samples are few."""
+    return code.normalised if code.normalised and held else code
 
 
 def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:

@@ -143,12 +143,12 @@ def equal_rates(model: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], x: Te
 
 
 def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int = CALIBRATION, **options: Any) -> None:
-    """`sylinit.initialize_` with `options`, on up to `samples` samples."""
+    """`sylinit.initialize_` with `options`, on up to `samples` samples of those that the model will be trained on."""
     from sylinit import initialize_
 
     pytorch(model, x, y, seed)
     parts = zip(x[:samples].split(BATCH), y[:samples].split(BATCH), strict=True)
-    initialize_(model, list(parts), generator=torch.Generator().manual_seed(seed), **options)
+    initialize_(model, list(parts), train_size=len(x), generator=torch.Generator().manual_seed(seed), **options)
 
 
 STARTS: dict[str, Start] = {
