@@ -20,14 +20,14 @@ LOGIT_DEVIATION = 0.5
 """Root mean square of a classifier's centred logits at the start."""
 
 NORM_SCALE = 0.5
-"""Weight of a normalisation layer at the start, instead of one.
+"""Weight of a normalisation layer at the start, instead of one, where training samples are few.
 
 Between layers that are calibrated after it this changes no function, and it shrinks what residual blocks add up to. So
 the head's weights start longer and its input shorter: the same step of training turns it less.
 """
 
 NORM_OFFSET = 0.5
-"""Mean output of a normalisation layer at the start, in standard deviations of it, instead of zero.
+"""Mean output of a normalisation layer at the start, in standard deviations of it, where training samples are few.
 
 A rectifier behind it then passes 69 % of a Gaussian signal instead of a half. Each rectifier drops part of what the
 units told apart; in a deep network that adds up. Where no rectifier follows, the next layer takes the offset off again.
@@ -64,7 +64,7 @@ def calibrate_units(weight: Tensor, cov: Covariance, variance: float) -> Calibra
 
 
 def calibrate_directions(weight: Tensor, length: float = 2**0.5) -> Calibrated:
-    """Give every unit the Euclidean length that He's start gives it, sqrt(2): for units that feed a normalisation.
+    """Give every unit the Euclidean length that He's start gives it, sqrt(2), where training should move it little.
 
     Normalisation undoes their scale, so it changes nothing in the function. But the longer a unit, the smaller its step
     in training: a unit along a strong direction, scaled to unit variance, would be short and move far at each step.

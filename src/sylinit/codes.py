@@ -68,7 +68,7 @@ class Code:
         leading: how many principal components of the rows it reads, as a share of the units, if those are the leading
             ones; None where it may read any. It decides whether a large layer can do without the others.
         values: a code given as numbers, ``[samples, m]``: it takes the place of the targets.
-        normalised: the code that takes its place in layers that feed a normalisation, if any.
+        normalised: the code that takes its place in layers that feed a normalisation where training samples are few.
     """
 
     name: str
@@ -286,7 +286,7 @@ LABEL_SHARE = 0.125
 """Of the units of the default code: how many are label units."""
 
 NORMALISED_LABEL_SHARE = 0.25
-"""The same in layers that feed a normalisation.
+"""The same in layers that feed a normalisation, where training samples are few.
 
 Label units lie along few, strong directions of the rows. Without a normalisation that makes the loss more curved, and
 training less stable, the more there are of them.
@@ -297,8 +297,8 @@ def mixed(label_share: float | None = None) -> Code:
     """The default code: whitened principal components, with label units evenly in between.
 
     Args:
-        label_share: the share of label units, 0 to 1. None means `NORMALISED_LABEL_SHARE` in layers that feed a
-            normalisation and `LABEL_SHARE` in the others.
+        label_share: the share of label units, 0 to 1. None means `LABEL_SHARE`, and `NORMALISED_LABEL_SHARE` in layers
+            that feed a normalisation where training samples are few.
     """
     if label_share is None:
         normalised = replace(mixed(NORMALISED_LABEL_SHARE), name="mixed")

@@ -36,8 +36,8 @@ class Problem:
         encoding_weight: lambda; None for the one of least cross-validation error, which the exact route finds.
         variance: of each unit's output after calibration.
         seed: of everything random.
-        role: what its outputs are: "units", "directions" (units whose scale a normalisation will undo), "logits" or
-            "values".
+        role: what its outputs are: "units", "directions" (units whose scale a normalisation will undo, and which
+            training is to move little), "logits" or "values".
     """
 
     name: str
