@@ -64,7 +64,7 @@ def initialize_(
         minimise  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
 
     and is then scaled to unit output variance and centred. Normalisations with running statistics get those of their
-    input. Where training samples are few (fewer than `plan.FEW`, 2,000) they, and the layers that feed them, also start
+    input. Where training samples are few (fewer than `plan.FEW`, 3,000) they, and the layers that feed them, also start
     so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive offset, and
     filters before it He's length instead of unit variance (`sylinit.calibrate`).
     Without labels there is no head: the last layer is computed like the others.

@@ -52,7 +52,7 @@ class Door:
         return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
 
 
-FEW = 2000
+FEW = 3000
 """Fewer training samples than these are few.
 
 Normalisations, and the layers that feed them, then start so that training moves them little: long filters, half scale,
