@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -106,8 +107,11 @@ def test_with_many_training_samples_normalisations_are_as_pytorch_makes_them_and
     model, fewer, by_default = small_resnet(), small_resnet(), small_resnet()
     report = sylinit.initialize_(model, [(x, y)], train_size=FEW)
     sylinit.initialize_(fewer, [(x, y)], train_size=FEW - 1)
-    sylinit.initialize_(by_default, [(x, y)])
+    note = sylinit.initialize_(by_default, [(x, y)]).notes
     assert torch.equal(weights(fewer), weights(by_default))
+    assert re.search(f"^{len(x)} samples are few.*; pass train_size= if it is on 3,000 or more", *note)
+    assert not report.notes
+    assert not sylinit.initialize_(small_mlp(), [vectors()]).notes  # nothing in it depends on their number
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         assert torch.equal(norm.weight, torch.ones_like(norm.weight))
         assert torch.equal(norm.bias, torch.zeros_like(norm.bias))

@@ -130,7 +130,7 @@ def initialize_(
                 seed = int(torch.randint(2**62, (), generator=source, device=source.device))
                 data = read_data(model, batches, processes, seed, custom=forward is not None)
                 plan = processes.together(
-                    lambda: make_plan(model, layers, code, head, data.kind, train_size or data.samples)
+                    lambda: make_plan(model, layers, code, head, data.kind, data.samples, train_size)
                 )
                 parked = _offload(offload, plan, len(data.batches))
                 settings = _Settings(encoding_weight, variance, rows, solver, progress)

@@ -79,7 +79,9 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: TargetKind, train_size: int) -> Plan:
+def make_plan(
+    model: nn.Module, layers: Any, code: Any, head: str | None, kind: TargetKind, samples: int, train_size: int | None
+) -> Plan:
     """Find every layer, decide what happens to it, and refuse what cannot be done.
 
     Args:
@@ -88,14 +90,15 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
         code: the user's choice of latent codes.
         head: the user's choice of the head.
         kind: of the targets.
-        train_size: samples that the model will be trained on; `FEW` decides.
+        samples: that calibrate it.
+        train_size: how many it will be trained on; None for the same.
 
     Raises:
         SylinitError: an unknown layer or code, a frozen, meta-device or quantised layer among those selected, a code
             that needs labels without labels, a label out of range, or nothing to initialise.
     """
     views, norms, left = _find(model)
-    few = train_size < FEW
+    few = (train_size or samples) < FEW
     modules = dict(model.named_modules())
     names = [name for name in (*modules, *(view.name for view in views)) if name]
     chosen = selector(layers, names)
@@ -131,6 +134,11 @@ def make_plan(model: nn.Module, layers: Any, code: Any, head: str | None, kind: 
     asked = as_code(code).name if isinstance(code, str) else None
     if asked and not kind.present and fallbacks and asked not in fallbacks:
         notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(fallbacks))!r}")
+    if train_size is None and any(door.held and door.selected for door in doors):
+        notes.append(
+            f"{samples} samples are few: normalisations and what feeds them will move little in training; "
+            f"pass train_size= if it is on {FEW:,} or more"
+        )
     return Plan(tuple(doors), tuple(left), tuple(notes))
 
 
