@@ -54,6 +54,14 @@ def test_init_writes_weights_that_already_work(tmp_path: Path, capsys: pytest.Ca
     assert len(json.loads(report.read_text())["layers"]) == 3
 
 
+def test_init_is_told_how_many_samples_the_model_will_be_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["init", "resnet20", "--data", "digits", "--samples", "100", "--out", tmp_path / "w"]
+    assert "weight 0.5, bias 0.25" in call(capsys, *arguments)[1]  # digits have fewer than 3,000
+    assert "weight 0.5, bias 0.25" not in call(capsys, *arguments, "--train-size", "5000")[1]
+
+
 def test_init_refuses_an_unknown_solver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "init", "mlp", "--data", "digits", "--out", tmp_path / "w", "--solver", "quick")
     assert code == 1

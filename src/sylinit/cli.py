@@ -112,6 +112,12 @@ def init(
     out: Annotated[Path, typer.Option(help="Where the weights go, as safetensors.")] = Path("weights.safetensors"),
     report: Annotated[Path | None, typer.Option(help="Where the report goes, as JSON.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Training samples to compute the weights from.")] = 2000,
+    train_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Samples that the model will be trained on. By default all of DATA.", show_default=False
+        ),
+    ] = None,
     code: Annotated[str, typer.Option(help="The latent code; see sylinit.CODES.")] = "mixed",
     encoding_weight: Annotated[
         float | None,
@@ -147,7 +153,7 @@ def init(
             batches,
             code=code,
             encoding_weight=encoding_weight,
-            train_size=len(dataset.train_y),
+            train_size=train_size or len(dataset.train_y),
             solver=solver,
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
