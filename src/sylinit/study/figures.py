@@ -17,7 +17,7 @@ from sylinit.study.statistics import Interval
 from sylinit.study.summary import Row, mean_curve, ranked
 
 OURS = ("#D55E00", "#E69F00", "#8C2D04", "#B8860B")
-OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000")
+OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000", "#9C9EDE")
 MARKERS = "osD^vP*Xh<>"
 
 TITLES = {
