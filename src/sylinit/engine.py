@@ -323,7 +323,7 @@ class _Pass:
         self._snapshot.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
         reason = "running statistics"
-        if door.selected and door.held and start_fresh(norm):
+        if door.held and start_fresh(norm):
             self._snapshot.keep(norm.weight, norm.bias)
             reason += f", weight {norm.weight[0]:g}, bias {norm.bias[0]:g}"
         return LayerReport(door.name, door.kind, "recalibrated", reason, rows=int(sums[0, 0]))

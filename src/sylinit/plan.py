@@ -30,7 +30,8 @@ class Door:
         code: the latent code of a matrix.
         head: whether its outputs are the logits or predictions.
         selected: whether the user's ``layers=`` names it.
-        held: whether it is a normalisation, or feeds one, that is to stay near its start because samples are few.
+        held: whether it is selected and a normalisation, or feeds one, and is to stay near its start because samples
+            are few.
     """
 
     name: str
@@ -127,14 +128,16 @@ def make_plan(
     if not doors:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialise{': ' + reasons if reasons else ''}")
-    doors += [Door(name, module, selected=chosen(name, module), held=few) for name, module in norms]
+    for name, module in norms:
+        selected = chosen(name, module)
+        doors.append(Door(name, module, selected=selected, held=few and selected))
     order = {id(module): place for place, module in enumerate(modules.values())}
     doors.sort(key=lambda door: order[id(door.module)])
     fallbacks = {door.code.name for door in doors if door.code and not kind.present and not isinstance(code, Mapping)}
     asked = as_code(code).name if isinstance(code, str) else None
     if asked and not kind.present and fallbacks and asked not in fallbacks:
         notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(fallbacks))!r}")
-    if train_size is None and any(door.held and door.selected for door in doors):
+    if train_size is None and any(door.held for door in doors):
         notes.append(
             f"{samples} samples are few: normalisations and what feeds them will move little in training; "
             f"pass train_size= if it is on {FEW:,} or more"
