@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sylinit.errors import SylinitError
 from sylinit.study import runner
@@ -230,6 +233,23 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
         execute(experiments, store, each)
     for experiment in experiments:
         assert store[experiment].result["after"] == pytest.approx(run(experiment)["after"], abs=0.02)
+
+
+def new_pages(megabytes: int) -> int:
+    """Pages that a process takes anew for a block which it has had before."""
+    before = 0
+    for _ in range(2):  # the first is new in any case
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = torch.ones(megabytes, 2**18)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has another allocator")
+def test_workers_keep_freed_memory() -> None:
+    with pool(2) as each:
+        ((_, pages),) = each(new_pages, [64])
+    assert pages < 64  # of the 16,384 of a block
 
 
 def test_the_verdict_says_how_sure_it_is() -> None:
