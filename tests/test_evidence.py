@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,13 @@ from sylinit.study.experiment import Experiment
 from sylinit.study.presets import PRESETS
 from sylinit.study.runner import as_run, read
 from sylinit.study.starts import STARTS
-from sylinit.study.statistics import interval, paired
-from sylinit.study.store import Store
-from sylinit.study.summary import rows
+from sylinit.study.store import Record, Store
+from sylinit.study.summary import Row, gap
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r"(?<![\d.])[+-]?\d+\.\d ± \d+\.\d(?!\d)")
 METRICS = ("before", "after", "area")
-
-Measured = tuple[tuple[Any, ...], str, int, Mapping[str, Any]]
-"""What is compared with what, the name of one of them, the draw, and the results."""
 
 
 def place(name: str, e: Experiment) -> tuple[Any, ...]:
@@ -34,53 +30,51 @@ def place(name: str, e: Experiment) -> tuple[Any, ...]:
     return name, Path(e.dataset).name, e.model, e.shots, e.epochs, e.optimiser
 
 
-def measured() -> Iterator[Measured]:
-    """Every run that a table may show: the final ones of the studies, and all of the benchmarks on held-back images."""
+def measured() -> Iterator[tuple[tuple[Any, ...], str, Record]]:
+    """What is compared with what, the name of one of them, and a run of it.
+
+    The final runs of the studies, and all of the benchmarks on held-back images.
+    """
     for name, preset in PRESETS.items():
         store = Store(RESULTS / "study" / f"{name}.jsonl")
         study = read(as_run(preset.plan(False), store), store)
-        for row in rows(study):
-            for record in row.records:
-                where = place(name, record.experiment)
-                rate = () if study.plan.grid else (row.lr,)
-                yield (*where, *rate), row.label, record.experiment.seed, record.result
+        for record in study.records:
+            e = record.experiment
+            yield (*place(name, e), None if study.plan.grid else e.lr), e.method.label, record
     for record in Store(RESULTS / "study" / "former-default.jsonl").records.values():
-        if record.experiment.split == "test":
-            name = "fewshot" if record.experiment.shots else "scratch"
-            yield place(name, record.experiment), "the former default", record.experiment.seed, record.result
+        e = record.experiment
+        if e.split == "test":
+            yield (*place("fewshot" if e.shots else "scratch", e), None), "the former default", record
     for record in Store(RESULTS / "ideas.jsonl").records.values():
-        yield place("ideas", record.experiment), record.experiment.start, record.experiment.seed, record.result
+        yield place("ideas", record.experiment), record.experiment.start, record
     for line in (RESULTS / "defaults.jsonl").read_text(encoding="utf-8").splitlines():
         found = json.loads(line)
-        values, experiment = json.loads(found["key"])
-        where = tuple(experiment[key] for key in ("dataset", "model", "shots", "epochs"))
-        yield ("defaults", *where), f"{values} {experiment['start']}", experiment["seed"], found["result"]
+        values, fields = json.loads(found["key"])
+        e = Experiment.from_dict(fields)
+        yield place("defaults", e), f"{values} {e.start}", Record(e, found["result"], {})
     for arm in json.loads((RESULTS / "rows.json").read_text(encoding="utf-8"))["rows"].values():
         for seed, run in enumerate(arm["runs"]):
-            yield ("rows", arm["model"]), arm["rows"], seed, {"before": run["accuracy"] / 100}
+            e = Experiment("cifar10", arm["model"], "sylinit", 50, seed=seed)
+            yield place("rows", e), arm["rows"], Record(e, {"before": run["accuracy"] / 100}, {})
 
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, set[str]]:
     """Figures as they are printed: the means of each start, and under "" everything, gaps too."""
-    groups: dict[tuple[Any, ...], dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    for where, label, seed, result in measured():
-        groups[where][label][seed] = result
+    groups: dict[tuple[Any, ...], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for where, label, record in measured():
+        groups[where][label].append(record)
     found: dict[str, set[str]] = defaultdict(set)
     for group in groups.values():
+        series = {label: Row(records[0].experiment.method, 0.0, tuple(records)) for label, records in group.items()}
         for metric in METRICS:
-            series = {
-                label: {seed: result[metric] for seed, result in runs.items() if result.get(metric) is not None}
-                for label, runs in group.items()
-            }
-            for label, values in series.items():
-                if values:
-                    found[label].add(interval([*values.values()]).percent())
+            for label, row in series.items():
+                if row.values(metric):
+                    found[label].add(row.interval(metric).percent())
             for mine, other in permutations(series.values(), 2):
-                both = sorted(mine.keys() & other.keys())
-                if both:
-                    gap = paired([mine[seed] for seed in both], [other[seed] for seed in both])
-                    found[""] |= {gap.percent(), gap.percent(sign=True)}
+                difference = gap(mine, other, metric)
+                if difference is not None:
+                    found[""] |= {difference.percent(), difference.percent(sign=True)}
     found[""].update(*found.values())
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from sylinit.errors import SylinitError
+from sylinit.study.allocator import keep_freed_memory
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
 """``each(work, items)`` yields ``(item, result or exception)``."""
@@ -82,20 +82,9 @@ def _side_by_side(
 
 def _start_worker(lifeline: Connection) -> None:
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one decides
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library's allocator, where it is glibc's, keep what is freed instead of giving it back.
-
-    Otherwise the activations of each step are new pages, which the system clears one by one.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no mapping of its own for a large block
-        library.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD: 2 GB may stay unused
 
 
 def _end_with(lifeline: Connection) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import statistics
 import threading
 import time
@@ -14,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sylinit.study.allocator import return_freed_memory
 from sylinit.study.experiment import Experiment
 from sylinit.study.models import mlp
 from sylinit.study.starts import apply_start
@@ -66,7 +64,7 @@ def run_timing(experiment: Experiment) -> dict[str, Any]:
 
 def peak_memory(action: Callable[[], None]) -> int | None:
     """Run `action` and return by how many bytes the resident memory rose at its peak; None where it is not told."""
-    _return_freed_memory()
+    return_freed_memory()
     start = _resident()
     peak, ended = start or 0, threading.Event()
 
@@ -83,13 +81,6 @@ def peak_memory(action: Callable[[], None]) -> int | None:
         ended.set()
         watcher.join()
     return None if start is None else max(0, peak - start)
-
-
-def _return_freed_memory() -> None:
-    """Have the allocator give freed memory back, where it can be asked: what it kept would hide what is used anew."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int | None:
