@@ -21,14 +21,14 @@ import torch
 
 import sylinit
 from harness import Results, ceilings, seconds
-from one_pass import cases
+from one_pass import Batches, cases
 from sylinit import engine, layer, routes
-from sylinit.codes import CODES
 from sylinit.correlation import share_for_all
 from sylinit.engine import default_rows
 from sylinit.gather import Gathered
-from sylinit.plan import feeds_normalisation
+from sylinit.plan import make_plan
 from sylinit.routes import leading_components, subspace_rank
+from sylinit.targets import describe
 from sylinit.views import ConvView, views_of
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -65,24 +65,24 @@ def timed(spent: dict[str, float]) -> Iterator[None]:
             setattr(owner, name, saved[step])
 
 
-def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, float]:
+def operations(model: torch.nn.Module, batches: Batches, report: sylinit.Report) -> dict[str, float]:
     """The fewest float32 operations of the projected layers, by step.
 
     Moments: half of ``2 n d^2`` for sampled rows; for all patches at stride 1, one product for each distinct offset.
     Subspace: two products with the covariance. Equation: a Cholesky factor, its two solves, and the residual.
     """
     count: dict[str, float] = defaultdict(float)
+    plan = make_plan(model, None, "mixed", "auto", describe([y for _, y in batches]), report.samples, None)
+    codes = {door.name: door.code for door in plan.doors}
     for record in report.initialised:
-        if record.solver != "projected" or record.shape is None:
+        code = codes[record.name]
+        if record.solver != "projected" or record.shape is None or code is None:
             continue
         groups, units, dim = record.shape
         (view,) = views_of(model.get_submodule(record.name), record.name)
         share = 1.0
         if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim):
             share = share_for_all(view)  # all patches are read, not a sample of them
-        code = CODES["mixed"]
-        if feeds_normalisation(view):
-            code = code.normalised or code
         components = leading_components(code, units)
         assert components is not None
         rank = subspace_rank(components)
@@ -104,7 +104,7 @@ def main() -> None:
     results, before = Results("where"), ceilings("cpu")
     model, batches = cases()[given.case]()
     report = sylinit.initialize_(model, batches)
-    needed = operations(model, report)
+    needed = operations(model, batches, report)
 
     @torch.no_grad()
     def forward() -> None:
