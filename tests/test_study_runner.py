@@ -348,6 +348,25 @@ def test_a_sweep_says_how_far_sylinit_is_above_each_other_start() -> None:
     assert grid.cells == (("lsuv", "+10.0 ± 0.0", "+10.0 ± 0.0"), ("he-normal", "+5.0 ± 0.0", ""))
 
 
+def test_panels_name_starts_at_an_edge_of_the_grid_and_lost_runs() -> None:
+    def lost(start: str, shots: int, seed: int) -> Record:
+        made = record(replace(TINY, start=start, shots=shots, seed=seed, lr=0.1), 0.3)
+        diverged = (start, shots, seed) == ("lsuv", 20, 1)
+        return replace(made, result={**made.result, "curve": [[0.0, 0.1], [10.0, 0.3]], "diverged": diverged})
+
+    records = tuple(lost(start, shots, seed) for start in ("sylinit", "lsuv") for shots in (5, 20) for seed in (0, 1))
+    plan = Plan(tuple({record.experiment.method for record in records}), grid=(0.1, 0.3))
+    edges = tuple(r.experiment.method for r in records if r.experiment.start == "sylinit" or r.experiment.shots == 5)
+    (panel,) = panels(PRESETS["fewshot"], runner.Study(plan, records, {}, edges))
+    assert panel.remarks == (
+        "Best at the first or last learning rate of the grid (labelled examples a class): sylinit (5, 20); lsuv (5).",
+        "Runs that diverged and count as chance (labelled examples a class): lsuv (1 at 20).",
+    )
+    others = tuple(r for r in records if (r.experiment.start, r.experiment.shots) == ("lsuv", 20))
+    (panel,) = panels(PRESETS["scratch"], runner.Study(plan, others, {}))
+    assert panel.remarks[1:] == ("Runs that diverged and count as chance: lsuv (1).",)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("quick", [True, False])
 def test_presets_are_well_formed(name: str, quick: bool) -> None:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -32,6 +31,8 @@ DERIVED = {
     ("lsuv", "samples"): "0 from 500",  # one batch of at most 500
 }
 """Exponents of the cost that the operation counts give, by start and size."""
+
+LOST = "Runs that diverged and count as chance"
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
@@ -89,10 +90,7 @@ def _joined(between: str, *words: str) -> str:
 
 
 def _panel(preset: Preset, group: list[Row], title: str, name: str, axis: str) -> Panel:
-    drawn = _swept(preset, group, title, name, axis) if preset.axis else _flat(preset, group, title, name)
-    edges = sorted({row.label for row in group if row.at_edge})
-    remark = f"Learning rate at an edge of the grid: {', '.join(edges)}." if edges and not drawn.remarks else ""
-    return replace(drawn, remarks=(*drawn.remarks, *filter(None, [remark])))
+    return _swept(preset, group, title, name, axis) if preset.axis else _flat(preset, group, title, name)
 
 
 def _flat(preset: Preset, group: list[Row], title: str, name: str) -> Panel:
@@ -118,7 +116,9 @@ def _flat(preset: Preset, group: list[Row], title: str, name: str) -> Panel:
     caption = f"accuracy (%); gap: {own.label} after training less each other, paired by seed"
     table = Grid(caption, header, tuple(cells))
     figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
-    return Panel(title, name, figures, (table, *_speed(group)), (verdict(group),))
+    lost = ", ".join(f"{row.label} ({row.diverged})" for row in group if row.diverged)
+    remarks = (verdict(group), *([f"{LOST}: {lost}."] if lost else ()))
+    return Panel(title, name, figures, (table, *_speed(group)), remarks)
 
 
 def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
@@ -151,7 +151,7 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
 
 def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -> Panel:
     assert preset.axis is not None
-    series: dict[str, dict[Any, Row]] = {}
+    series: dict[str, dict[float, Row]] = {}
     for row in group:
         # fixed learning rates live in the row, not in its method
         value = row.lr if axis == "lr" else preset.axis(row.method)[1]
@@ -180,7 +180,21 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
         own = ours(group)
         if own is not None and SCALES.get(metric) == 100.0 and len(drawn) > 1:
             tables.append(_gaps(own.label, series, metric, xlabel, places))
-    return Panel(title, name, tuple(figures), tuple(tables))
+    return Panel(title, name, tuple(figures), tuple(tables), _warnings(series, xlabel))
+
+
+def _warnings(series: Mapping[str, Mapping[float, Row]], xlabel: str) -> tuple[str, ...]:
+    """Where a mean may say less of a start than it seems to: tuning ended at an edge, or runs were lost."""
+    edges, lost = [], []
+    for label, points in series.items():
+        at_edge = [f"{value:g}" for value, row in sorted(points.items()) if row.at_edge]
+        edges += [f"{label} ({', '.join(at_edge)})"] if at_edge else []
+        diverged = [f"{row.diverged} at {value:g}" for value, row in sorted(points.items()) if row.diverged]
+        lost += [f"{label} ({', '.join(diverged)})"] if diverged else []
+    return (
+        *([f"Best at the first or last learning rate of the grid ({xlabel}): {'; '.join(edges)}."] if edges else ()),
+        *([f"{LOST} ({xlabel}): {'; '.join(lost)}."] if lost else ()),
+    )
 
 
 def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], axis: str) -> Grid:
@@ -197,7 +211,9 @@ def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], axis: str
     return Grid(f"seconds grow as a power of {axis}", ("power", "all sizes", "largest three", "by count"), tuple(cells))
 
 
-def _gaps(own: str, series: Mapping[str, Mapping[Any, Row]], metric: str, xlabel: str, places: Sequence[float]) -> Grid:
+def _gaps(
+    own: str, series: Mapping[str, Mapping[float, Row]], metric: str, xlabel: str, places: Sequence[float]
+) -> Grid:
     """How far one start is above every other."""
     mine, cells = series[own], []
     for label, points in series.items():
