@@ -111,6 +111,8 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "mlp", "--data", "digits", "--shots", "5000"], "ask for fewer"),
         (["study", "fewshots"], "did you mean 'fewshot'"),
         (["study", "report"], "no results"),
+        (["study", "codes", "--precision", "half"], "--precision half: expected float32 or bfloat16"),
+        (["study", "codes", "--quick", "--precision", "float32"], "codes --quick has none to choose"),
     ],
 )
 def test_errors_are_one_message(

@@ -22,7 +22,7 @@ from sylinit.study.models import MODELS, build
 from sylinit.study.presets import starts_for
 from sylinit.study.starts import STARTS, apply_start, equal_rates
 from sylinit.study.statistics import exponent, interval, paired
-from sylinit.study.train import Recipe, accuracy, area_under, augment, train
+from sylinit.study.train import Recipe, accuracy, area_under, augment, fast_precision, train
 from sylinit.study.vectorised import train_together
 
 
@@ -193,6 +193,23 @@ def test_mixed_precision_rounds_steps_and_measurements_and_not_the_weights() -> 
     assert not torch.equal(*trained)
     torch.testing.assert_close(*trained, rtol=0.05, atol=0.02)
     assert outcomes[1].after > 0.9
+
+
+@pytest.mark.parametrize(
+    ("able", "precision"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+    ],
+)
+def test_mixed_precision_is_for_processors_that_compute_in_it(
+    able: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert fast_precision(torch.device("cpu")) == precision
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert fast_precision(torch.device("cpu")) == "float32"
 
 
 def test_unknown_precision() -> None:

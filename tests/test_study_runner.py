@@ -25,7 +25,19 @@ from sylinit.study.forecast import counted, forecast
 from sylinit.study.page import panels, write_page
 from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
-from sylinit.study.runner import Plan, Study, choose, execute, read, run, run_study, subset
+from sylinit.study.runner import (
+    Plan,
+    Study,
+    as_begun,
+    as_run,
+    choose,
+    execute,
+    in_precision,
+    read,
+    run,
+    run_study,
+    subset,
+)
 from sylinit.study.store import Record, Store
 from sylinit.study.summary import Row, epochs_to, gap, ours, rows, verdict
 from sylinit.study.timing import _resident
@@ -214,6 +226,42 @@ def test_a_part_of_a_study_is_completed_by_the_whole(tmp_path: Path, monkeypatch
     assert len(read(whole, store).records) == 8
     with pytest.raises(SylinitError, match="--shots 11: this study has 5, 10, 20"):
         part(whole, {"--shots": ("shots", ["11"])})
+
+
+def test_a_task_goes_on_in_the_precision_it_was_begun_in() -> None:
+    whole = replace(PRESETS["fewshot"].plan(False), seeds=(0, 1, 2))
+    wanted = {"--models": ("model", ["cnn"]), "--shots": ("shots", ["10", "20"]), "--data": ("dataset", ["cifar10"])}
+    plan = part(whole, wanted)
+    assert {arm.get("precision") for arm in plan.arms} == {"bfloat16"}
+    single = in_precision(plan, "float32")
+    assert {arm.get("precision") for arm in single.arms} == {"float32"}
+    assert in_precision(single, "bfloat16") == plan
+    store = Store("nowhere")
+    assert as_begun(single, store) == single
+    for e in single.final({arm.method: 0.1 for arm in single.arms}):
+        if e.start == "sylinit" and e.shots == 10:  # three runs of one start, and one in the other precision
+            store.records[e.key] = record(e, 0.3)
+    other = next(arm for arm in plan.arms if arm.start == "lsuv" and arm.shots == 10)
+    store.records[other.key] = record(other, 0.3)
+    for begun in (as_begun(plan, store), as_run(plan, store)):
+        assert {arm.get("precision") for arm in begun.arms if arm.shots == 10} == {"float32"}  # of every start
+        assert {arm.get("precision") for arm in begun.arms if arm.shots == 20} == {"bfloat16"}
+        assert len(begun.arms) == len(plan.arms)
+    timed = PRESETS["time"].plan(False)
+    assert in_precision(timed, "float32") == as_begun(timed, store) == timed  # it trains nothing
+
+
+def test_a_panel_says_where_precision_differs() -> None:
+    records = tuple(
+        record(replace(TINY, start="sylinit", shots=shots, seed=seed, lr=0.1, setting=(("precision", precision),)), 0.3)
+        for shots, precision in ((5, "bfloat16"), (20, "bfloat16"), (50, "float32"))
+        for seed in (0, 1)
+    )
+    plan = Plan(tuple({record.experiment.method for record in records}), grid=(0.1,))
+    (panel,) = panels(PRESETS["fewshot"], Study(plan, records, {}))
+    assert panel.remarks == ("Trained in bfloat16 (5, 20) and float32 (50) (labelled examples a class).",)
+    (panel,) = panels(PRESETS["fewshot"], Study(plan, records[:4], {}))
+    assert panel.remarks == ()
 
 
 def test_forecasts_follow_the_runs_that_were_made() -> None:

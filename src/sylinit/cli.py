@@ -234,6 +234,13 @@ def study(
     shots: Annotated[str, typer.Option(help="A part: comma-separated numbers of examples a class.")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="A part: so many seeds, counted from the first.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="A shorter or longer schedule than the preset's.")] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float32, or bfloat16 for mixed precision; by default what a part was begun in, else bfloat16 where "
+            "this machine computes in it."
+        ),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to run and stop.")] = False,
     cifar10: Annotated[str, typer.Option(help="Local copy of CIFAR-10; by default from the hub.")] = "",
     fashion_mnist: Annotated[str, typer.Option(help="Local copy of Fashion-MNIST; by default from the hub.")] = "",
@@ -249,6 +256,9 @@ def study(
     from sylinit.study.figures import save
     from sylinit.study.page import panels, results_file, write_page
     from sylinit.study.presets import PRESETS, part
+    from sylinit.study.runner import as_begun, device, in_precision
+    from sylinit.study.store import Store
+    from sylinit.study.train import PRECISIONS, fast_precision
 
     if preset == "report":
         with _waiting("drawing"):
@@ -272,8 +282,21 @@ def study(
         seeds=plan.seeds[:seeds],
         workers=workers or plan.workers,
     )
-    console.print(chosen.question)
     path = results_file(out, chosen, quick)
+    if precision and precision not in PRECISIONS:
+        raise SylinitError(f"--precision {precision}: expected {' or '.join(PRECISIONS)}")
+    if precision and not any(arm.get("precision") for arm in plan.arms):
+        raise SylinitError(f"--precision: {preset}{' --quick' if quick else ''} has none to choose; leave it out")
+    fast = fast_precision(device())
+    plan = in_precision(plan, precision or fast)
+    plan = plan if precision else as_begun(plan, Store(path))
+    console.print(chosen.question)
+    used = sorted({arm.get("precision") for arm in plan.arms} - {None})
+    if used:
+        slow = "bfloat16" in used and fast != "bfloat16"
+        console.print(
+            f"Trained in {' and '.join(used)}.{' This machine must emulate bfloat16, which is slow.' if slow else ''}"
+        )
     if dry_run:
         _announce(plan, path)
         return

@@ -186,12 +186,18 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
 def _warnings(series: Mapping[str, Mapping[float, Row]], xlabel: str) -> tuple[str, ...]:
     """Where a mean may say less of a start than it seems to: tuning ended at an edge, or runs were lost."""
     edges, lost = [], []
+    precisions: dict[str, set[float]] = {}
+    for points in series.values():
+        for value, row in points.items():
+            precisions.setdefault(row.method.get("precision"), set()).add(value)
+    said = [f"{p} ({', '.join(f'{v:g}' for v in sorted(values))})" for p, values in precisions.items()]
     for label, points in series.items():
         at_edge = [f"{value:g}" for value, row in sorted(points.items()) if row.at_edge]
         edges += [f"{label} ({', '.join(at_edge)})"] if at_edge else []
         diverged = [f"{row.diverged} at {value:g}" for value, row in sorted(points.items()) if row.diverged]
         lost += [f"{label} ({', '.join(diverged)})"] if diverged else []
     return (
+        *([f"Trained in {' and '.join(said)} ({xlabel})."] if len(said) > 1 else ()),
         *([f"Best at the first or last learning rate of the grid ({xlabel}): {'; '.join(edges)}."] if edges else ()),
         *([f"{LOST} ({xlabel}): {'; '.join(lost)}."] if lost else ()),
     )
@@ -332,6 +338,9 @@ def _provenance(preset: Preset, quick: bool, study: Study) -> str:
     text = [f"{command}: {len(records)} of {final} runs, seeds {_listed(seeds)}"]
     if epochs:
         text.append(f"{_listed(epochs)} epochs, one cycle")
+    precisions = {record.experiment.get("precision") or "float32" for record in records if record.experiment.epochs}
+    if precisions:
+        text.append(" and ".join(sorted(precisions)))
     if plan.grid:
         held = "10 % of the training data" if plan.arms[0].shots is None else f"{VALIDATION:,} held-back samples"
         text.append(f"learning rates {_listed(plan.grid)} tried on {held}, seeds from {TUNING_SEED}")

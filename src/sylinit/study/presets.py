@@ -46,7 +46,7 @@ class Preset:
 
 
 MIXED: Pairs = (("precision", "bfloat16"),)
-"""Setting of the full studies: training in mixed precision."""
+"""Setting of the full studies: training in mixed precision, if no other is asked for (`in_precision`)."""
 
 FEW = ("he-normal", "xavier-normal", "lsuv", "sylinit")
 GRID, QUICK_GRID = GRIDS["sgd"], (0.01, 0.03)

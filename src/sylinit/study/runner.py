@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,7 +155,12 @@ def read(plan: Plan, store: Store) -> Study:
 
 
 def as_run(plan: Plan, store: Store) -> Plan:
-    """The plan with the number of epochs that the store holds for each arm; of several the plan's, or else the most."""
+    """The plan as far as the store has it.
+
+    Each task in the precision of most of its runs, and each arm with the number of epochs that there is; of several
+    the plan's, or else the most.
+    """
+    plan = as_begun(plan, store)
     known: dict[Experiment, set[int]] = {}
     for record in store.records.values():
         known.setdefault(_unscheduled(record.experiment), set()).add(record.experiment.epochs)
@@ -163,6 +169,34 @@ def as_run(plan: Plan, store: Store) -> Plan:
         epochs = known.get(_unscheduled(arm), set())
         arms.append(arm if arm.epochs in epochs or not epochs else replace(arm, epochs=max(epochs)))
     return replace(plan, arms=tuple(arms))
+
+
+def as_begun(plan: Plan, store: Store) -> Plan:
+    """The plan with each task in the precision that the store has most of its runs in, whatever the start.
+
+    So starts that are compared never differ in it. Tasks that the store has no run of stay as they are.
+    """
+    known: dict[Experiment, Counter[str]] = {}
+    for record in store.records.values():
+        known.setdefault(_task(record.experiment), Counter())[record.experiment.get("precision")] += 1
+    found = {task: counts.most_common(1)[0][0] for task, counts in known.items()}
+    arms = [_in_precision(arm, found.get(_task(arm), arm.get("precision"))) for arm in plan.arms]
+    return replace(plan, arms=tuple(arms))
+
+
+def in_precision(plan: Plan, precision: str) -> Plan:
+    """The plan with all arms that set a precision in this one."""
+    return replace(plan, arms=tuple(_in_precision(arm, precision) for arm in plan.arms))
+
+
+def _in_precision(experiment: Experiment, precision: str) -> Experiment:
+    setting = tuple((key, precision if key == "precision" else value) for key, value in experiment.setting)
+    return replace(experiment, setting=setting)
+
+
+def _task(experiment: Experiment) -> Experiment:
+    """What starts are compared on: all of an experiment but start, schedule and precision."""
+    return replace(_unscheduled(_in_precision(experiment, "")), start="", options=())
 
 
 def _unscheduled(experiment: Experiment) -> Experiment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +16,10 @@ from sylinit.errors import SylinitError
 
 EVALUATE = 100
 """Samples a forward pass when measuring accuracy: few enough to stay in a cache."""
+
+
+PRECISIONS = ("float32", "bfloat16")
+"""Of training steps and measurements."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +161,17 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision on `device` where `precision` is ``"bfloat16"``, nothing where it is ``"float32"``."""
-    if precision not in ("float32", "bfloat16"):
+    if precision not in PRECISIONS:
         raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def fast_precision(device: torch.device) -> str:
+    """``"bfloat16"`` where `device` computes in it, else ``"float32"``: emulated it is some ten times slower."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
 @torch.no_grad()
