@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import threading
@@ -371,3 +372,48 @@ def test_layers_that_are_not_selected_keep_their_bits():
     before = state(model)
     sylinit.initialize_(model, cut(3), layers="8")
     assert set(differing(before, state(model))) == {"8 weight", "8 bias"}
+
+
+class Shown(nn.Module):
+    """Holds buffers that a plain copy cannot be written into: one shown many times, one made under inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(1).expand(3))
+        with torch.inference_mode():
+            self.register_buffer("made", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            self.made += 1
+        return x * self.gain.view(3, 1, 1)[:2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_are_expanded_or_from_inference_mode_are_put_back(fails):
+    model = nn.Sequential(Shown(), *small_resnet())
+    before = state(model, results=fails)
+
+    def progress(done: int, total: int, name: str) -> None:
+        if fails:
+            raise Boom
+
+    with pytest.raises(Boom) if fails else contextlib.nullcontext():
+        sylinit.initialize_(model, cut(2), progress=progress)
+    assert differing(before, state(model, results=fails)) == []
+
+
+def test_a_failure_under_autocast_leaves_no_cast_of_the_new_weights():
+    x, y = images()
+    model = small_resnet().eval()
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        model(batch[0])
+        raise Boom
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(Boom):
+            sylinit.initialize_(model, [(x, y)], forward=forward)
+        assert torch.equal(model.eval()(x), before)

@@ -50,12 +50,14 @@ X, Y = vectors()
         ([None], ["batch 0 holds no tensor"]),
         ([(X, Y), (X[:0], Y[:0])], ["batch 1 is empty", r"\[0, 12\]", "drop it"]),
         ([(X[:0], Y[:0])], ["batch 0 is empty"]),
-        ([(X, Y), (X[:, :11], Y)], ["batch 1", r"\[60, 11\]", r"\[60, 12\]", "same width"]),
-        ([(X, Y), (X[:, None], Y)], ["batch 1", "same width"]),
+        ([(X, Y), (X[:, :11], Y)], ["layer '0' .Linear.", "expected 12 features", r"\[60, 11\]"]),
+        ([(X, Y), (X[:, None], Y)], ["batch 1", r"\[60, 1, 12\]", "same dimensions"]),
         ([(X, Y), X], ["batch 1 has no target while others have one|other inputs"]),
         ([X, (X, Y)], ["batch 0 has no target"]),
         ([(X, Y), (X, X, Y)], ["batch 1 has other inputs"]),
         ([(X, Y), (X, Y.double())], ["target of batch 1", "one kind"]),
+        ([(X, X[:, :3]), (X, X[:, :4])], ["target of batch 1", r"\[60, 4\]", r"\[60, 3\]", "one kind"]),
+        ([(X.expand(6, 60, 12), Y)], ["6 samples", "forward=lambda model, batch"]),
         ([(X[2:3], Y[2:3])], ["1 row", "at least 2", "pass more samples"]),
         ([(X[0], Y)], ["12 samples|60|dimension"]),
         ([(X, Y[:59])], ["batch 0 has 60 samples", r"\[59\]", "count the samples"]),
@@ -76,6 +78,23 @@ def test_bad_batches(batches, words):
 
 def test_labels_out_of_range_for_a_head_given_by_name():
     refused(small_mlp(), [(X, Y + 6)], "labels out of range", "label 8", "'2' has 8 outputs", head="2")
+
+
+def test_a_grouped_convolution_is_no_head():
+    x, y = images(40, 4)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.AdaptiveAvgPool2d(1))
+    refused(model.append(nn.Flatten()), [(x, y)], "head='2'", "Conv2d of 2 groups", "head=None", head="2")
+    with pytest.warns(sylinit.SylinitWarning, match="no head was taken: '2' is a Conv2d of 2 groups"):
+        report = sylinit.initialize_(model, [(x, y)])
+    assert {layer.code for layer in report.layers} == {"mixed"}
+
+
+def test_integer_one_hot_labels_are_warned_of():
+    one_hot = nn.functional.one_hot(Y, 3)
+    with pytest.warns(sylinit.SylinitWarning, match=r"class 0 or 1 at 3 positions.*argmax.*float"):
+        report = sylinit.initialize_(small_mlp(), [(X, one_hot)], head="4")
+    assert "same target" in report["4"].reason
+    assert "Infinity" not in report.to_json()
 
 
 def test_a_single_row_that_only_a_late_layer_meets():

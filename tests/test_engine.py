@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -188,6 +189,17 @@ def test_layers_are_selected_by_pattern_type_or_predicate(layers, expected):
     assert {layer.name for layer in report.initialised} == expected
 
 
+@pytest.mark.parametrize(("rows", "read"), [(None, 4096), (5000, 5000), (30_000, 20_000), ("all", 20_000)])
+def test_codes_fitted_on_rows_read_at_most_20000(rows, read):
+    def code(x, units):
+        counts.append(len(x))
+        return x[:, :units]
+
+    counts = []
+    sylinit.initialize_(nn.Linear(4, 3), [torch.randn(30_000, 4)], code=code, rows=rows)
+    assert counts == [read]
+
+
 def test_code_by_pattern():
     report = sylinit.initialize_(small_resnet(), [images()], code={"0": "pca", "3.conv1": "label"})
     assert [report[name].code for name in ("0", "3.conv1", "3.conv2", "7")] == ["pca", "label", "mixed", "head"]
@@ -220,6 +232,49 @@ def test_a_scalar_target_and_a_single_logit():
     report = sylinit.initialize_(classifier, [(x, y)])
     assert report["2"].code == "head"
     assert float(((classifier(x)[:, 0] > 0) == (y == 1)).float().mean()) > 0.7
+
+
+def test_a_layer_of_one_output_is_no_head_where_another_has_two():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.attention = nn.Linear(12, 2), nn.Linear(12, 1)
+
+        def forward(self, bag):
+            return self.fc((self.attention(bag).softmax(1) * bag).sum(1))
+
+    report = sylinit.initialize_(Pooled(), [(torch.randn(40, 5, 12), torch.arange(40) % 2)])
+    assert report["fc"].code == "head"
+    assert report["attention"].code == "mixed"
+
+
+def test_a_head_that_is_not_the_last_to_run_is_warned_of():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(3, 3), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    x, y = vectors()
+    with pytest.warns(sylinit.SylinitWarning, match="pass head='head', otherwise head='body'"):
+        report = sylinit.initialize_(First(), [(x, y)])
+    assert report["body"].code == "head"
+    assert "'head' has as many outputs" in str(report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sylinit.initialize_(First(), [(x, y)], head="head")["head"].code == "head"
+        sylinit.initialize_(nn.Sequential(nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 3)), [(x, y)])
+
+
+def test_a_head_whose_targets_are_all_the_same_is_told_of_and_zero():
+    x, _ = vectors()
+    model = small_mlp()
+    report = sylinit.initialize_(model, [(x, torch.tensor([[0.1, 0.2, 0.7]]).repeat(60, 1))])
+    assert "all its rows have the same target" in report["4"].reason
+    assert not model[4].weight.any()
+    assert report["4"].decoding_error == 1
 
 
 def test_soft_labels_equal_class_indices():
@@ -269,6 +324,24 @@ def test_shared_modules_and_tied_weights_are_computed_once():
     assert model.tied.weight is model.first.weight
 
 
+def test_a_layer_tied_to_a_parameter_of_the_model_itself_is_left_alone():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, 6))
+            self.body, self.fc = nn.Linear(6, 6), nn.Linear(6, 3, bias=False)
+            self.fc.weight = self.table
+
+        def forward(self, index):
+            return self.fc(self.body(nn.functional.embedding(index, self.table)).relu().mean(1))
+
+    model = Table()
+    before = model.table.clone()
+    report = sylinit.initialize_(model, [(torch.randint(0, 3, (40, 5)), torch.arange(40) % 3)])
+    assert report["fc"].reason == "its weight is tied to that of '(the model itself)'"
+    assert torch.equal(model.table, before)
+
+
 def test_a_head_that_is_tied_to_an_embedding_is_left_alone():
     class Language(nn.Module):
         def __init__(self):
@@ -303,6 +376,51 @@ def test_filters_that_feed_a_normalisation_have_the_length_of_hes_start():
         assert torch.allclose(conv.weight.flatten(1).norm(dim=1), torch.full((6,), 2**0.5))
     lengths = model[0].weight.detach().flatten(1).norm(dim=1)  # has a bias: unit variance instead
     assert float(lengths.max() / lengths.min()) > 1.1
+
+
+def test_lengths_may_differ_from_batch_to_batch():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv1d(1, 4, 9, stride=4), nn.Linear(4, 3)
+
+        def forward(self, wave):
+            return self.fc(self.conv(wave.unsqueeze(1)).relu().mean(2))
+
+    y = torch.arange(10) % 3
+    batches = [(torch.randn(10, length), y) for length in (300, 400)]
+    assert sylinit.initialize_(Waves(), batches)["fc"].code == "head"
+
+    tokens = [(torch.randn(10, length, 12), torch.randint(0, 3, (10, length))) for length in (5, 7)]
+    assert sylinit.initialize_(small_mlp(), tokens)["4"].code == "head"  # class indices of each token
+
+
+def test_inputs_may_lie_in_any_way_where_the_user_calls_the_model():
+    x, y = torch.randn(6, 30, 12), torch.arange(30) % 3
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    report = sylinit.initialize_(model, [(x, y)], forward=lambda model, batch: model(batch[0]).mean(0))
+    assert report.samples == 30
+    nested = [{"images": {"left": x[:2]}}]  # no labels, and the tensors lie deeper
+    report = sylinit.initialize_(model, nested, forward=lambda model, batch: model(batch["images"]["left"]))
+    assert report.samples == 2
+
+
+def test_the_targets_of_a_mapping_are_not_rounded_to_the_models_dtype():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 1)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    x = torch.randn(40, 12)
+    target = 1000 + 0.1 * x[:, :1]
+    ways = [Named().bfloat16(), Named().bfloat16()]
+    sylinit.initialize_(ways[0], [(x, target)])
+    sylinit.initialize_(ways[1], [{"x": x, "labels": target}])
+    assert torch.equal(weights(ways[0]), weights(ways[1]))
+    assert bool(ways[1].fc.weight.any())
 
 
 def test_several_inputs_mappings_and_forward():
@@ -365,6 +483,58 @@ def test_autocast_and_inference_mode_around_the_call():
     assert accuracy(model, x, y) > 0.7
     model(x).sum().backward()  # weights written under inference mode still train
     assert model[0].weight.grad is not None
+
+
+def test_weights_that_autocast_has_cast_before_are_cast_again():
+    x, y = vectors()
+    ways = [small_mlp(), small_mlp()]
+    ways[1].load_state_dict(ways[0].state_dict())
+    for model, looked in zip(ways, (False, True), strict=True):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            if looked:
+                model(x)
+            sylinit.initialize_(model, [(x, y)])
+            inside = model(x)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(inside, model(x))
+    assert torch.equal(weights(ways[0]), weights(ways[1]))
+
+
+def test_a_compiled_model_runs_as_it_was_written():
+    x, y = vectors()
+    plain, broken = small_mlp(), torch.compile(small_mlp(), backend=never)
+    broken.load_state_dict({f"_orig_mod.{name}": value for name, value in plain.state_dict().items()})
+    inside = copy.deepcopy(plain)
+    inside[0].compile(backend=never)
+    for model in (plain, broken, inside):
+        assert sylinit.initialize_(model, [(x[:30], y[:30]), (x[30:], y[30:])])["0"].action == "initialised"
+    assert torch.equal(weights(plain), weights(broken))
+    assert torch.equal(weights(plain), weights(inside))
+
+
+def never(graph: object, inputs: object) -> object:
+    raise AssertionError("compiled")
+
+
+def test_a_users_hook_on_attention_sees_its_real_output():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend, self.fc = nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 3)
+            self.attend.register_forward_hook(lambda module, args, out: seen.append(out[0]) or (out[0] + 5, out[1]))
+            self.fc.register_forward_pre_hook(lambda module, args: met.append(args[0]))
+
+        def forward(self, x):
+            return self.fc(self.attend(x, x, x)[0].mean(1))
+
+    seen, met = [], []
+    x, y = torch.randn(30, 4, 12), torch.arange(30) % 3
+    model = Net()
+    sylinit.initialize_(model, [(x, y)])
+    with torch.no_grad():
+        model(x)
+    assert torch.allclose(seen[0], seen[1], atol=1e-5)
+    assert torch.allclose(met[0], met[1], atol=1e-5)
 
 
 def test_transformer_encoder_layers_are_reached_inside_the_fast_path():

@@ -461,6 +461,7 @@ def integers() -> nn.Module:
         (lambda: Scaled(5, 3), "Scaled has a forward of its own"),
         (lambda: Standardised(5, 3, 3), "Standardised has a forward of its own"),
         (lambda: prune.l1_unstructured(nn.Linear(5, 3), "weight", 0.5), "no parameter"),
+        (lambda: prune.l1_unstructured(nn.Linear(5, 3), "bias", 0.4), "its bias is no parameter"),
         (lambda: nn.utils.spectral_norm(nn.Linear(5, 3)), "no parameter"),
         (lambda: parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrisation"),
     ],
@@ -472,7 +473,7 @@ def test_left_alone_with_a_reason(make: Any, reason: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_the_weight_norm_of_old_is_left_alone() -> None:
-    with pytest.raises(UnsupportedLayerError, match="parametrizations instead"):
+    with pytest.raises(UnsupportedLayerError, match=r"use torch\.nn\.utils\.parametrizations"):
         views_of(nn.utils.weight_norm(nn.Linear(5, 3)), "layer")
 
 

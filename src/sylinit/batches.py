@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Batch:
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         target: class indices, soft labels or real values, or None.
-        samples: the size of the leading dimension.
+        samples: the size of the leading dimension; with a ``forward=`` that of the target, where there is one.
     """
 
     raw: Any
@@ -42,7 +42,7 @@ def read_batches(batches: Any, device: torch.device, dtype: torch.dtype | None, 
         custom: the user has a ``forward=``, so only the target and the size are read.
 
     Raises:
-        SylinitError: no batches, an empty batch, batches of different widths, or targets of another length.
+        SylinitError: no batches, an empty batch, batches of different dimensions, or targets of another length.
     """
     if isinstance(batches, Tensor):
         raise SylinitError(
@@ -55,7 +55,7 @@ def read_batches(batches: Any, device: torch.device, dtype: torch.dtype | None, 
         raise SylinitError(
             "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
         )
-    _agree(read)
+    _agree(read, custom)
     return read
 
 
@@ -64,18 +64,18 @@ def _read(batch: Any, number: int, device: torch.device, dtype: torch.dtype | No
     kwargs: dict[str, Any] = {}
     target: Any = None
     moved = _move(batch, device, dtype)
+    # The target must come as the user made it: casting would round real-valued targets.
     if isinstance(moved, Mapping):
         kwargs = dict(moved)
-        target = kwargs.get("labels")
+        target = _move(batch.get("labels"), device, None)
     elif isinstance(moved, (tuple, list)):
         if len(moved) == 0:
             raise SylinitError(f"batches: batch {number} is an empty {type(batch).__name__}; expected x or (x, y)")
         args = tuple(moved[:-1]) if len(moved) > 1 else tuple(moved)
-        # The target must come as the user made it: casting would round real-valued targets.
         target = _move(batch[-1], device, None) if len(moved) > 1 else None
     else:
         args = (moved,)
-    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 0]
+    inputs = [value for value in _tensors((args, kwargs)) if value.ndim > 0]
     if not inputs and not custom:
         raise SylinitError(
             f"batches: batch {number} holds no tensor of input (it is {_describe(batch)}); "
@@ -86,47 +86,71 @@ def _read(batch: Any, number: int, device: torch.device, dtype: torch.dtype | No
         raise SylinitError(f"batches: batch {number} is empty (its input has shape {list(inputs[0].shape)}); drop it")
     if target is not None:
         target = torch.as_tensor(target, device=device)
-        if custom and not inputs:
+        if custom and target.ndim:  # only the user's own function knows how the inputs lie
             samples = target.shape[0]
         if target.ndim == 0 or target.shape[0] != samples:
             raise SylinitError(
                 f"batches: batch {number} has {samples} samples and a target of shape {list(target.shape)}; "
-                "the target's first dimension must count the samples"
+                "the target's first dimension must count the samples (if the input's second does, pass "
+                "forward=lambda model, batch: model(batch[0]))"
             )
         if target.is_complex():
             raise SylinitError(f"batches: batch {number} has a complex target; pass real values or class indices")
     return Batch(moved, args, kwargs, target, samples)
 
 
-def _agree(batches: list[Batch]) -> None:
-    """Batches must have the same kind of input and target; lengths of sequences and images may differ."""
+def _agree(batches: list[Batch], custom: bool) -> None:
+    """Batches must have the same kind of input and target; lengths of sequences and images may differ.
+
+    Features that do not fit are refused by the layer that meets them.
+    """
     first = batches[0]
     for number, batch in enumerate(batches):
         if (batch.target is None) != (first.target is None):
             raise SylinitError(
                 f"batches: batch {0 if first.target is None else number} has no target while others have one"
             )
-        if len(batch.args) != len(first.args) or batch.kwargs.keys() != first.kwargs.keys():
-            raise SylinitError(f"batches: batch {number} has other inputs than batch 0")
-        pairs = zip((*batch.args, *batch.kwargs.values()), (*first.args, *first.kwargs.values()), strict=True)
-        for mine, other in pairs:
-            if not (isinstance(mine, Tensor) and isinstance(other, Tensor)):
-                continue
-            different_width = mine.ndim == 2 and mine.is_floating_point() and mine.shape[1] != other.shape[1]
-            different_channels = mine.ndim >= 4 and mine.shape[1] != other.shape[1]
-            if mine.ndim != other.ndim or different_width or different_channels:
-                raise SylinitError(
-                    f"batches: batch {number} has input of shape {list(mine.shape)}, batch 0 of shape "
-                    f"{list(other.shape)}; all batches must have the same width"
-                )
-        mine_t, first_t = batch.target, first.target
-        if mine_t is None or first_t is None:
-            continue
-        if mine_t.is_floating_point() != first_t.is_floating_point() or mine_t.shape[1:] != first_t.shape[1:]:
+        if not custom:  # else the inputs are the affair of the user's own function
+            _require_like(batch, first, number)
+        mine, other = batch.target, first.target
+        if mine is not None and other is not None and _form(mine) != _form(other):
             raise SylinitError(
-                f"batches: the target of batch {number} is {_describe(mine_t)}, that of batch 0 {_describe(first_t)}; "
+                f"batches: the target of batch {number} is {_describe(mine)}, that of batch 0 {_describe(other)}; "
                 "all targets must be of one kind"
             )
+
+
+def _require_like(batch: Batch, first: Batch, number: int) -> None:
+    """Refuse a batch with other inputs than the first."""
+    if len(batch.args) != len(first.args) or batch.kwargs.keys() != first.kwargs.keys():
+        raise SylinitError(f"batches: batch {number} has other inputs than batch 0")
+    pairs = zip((*batch.args, *batch.kwargs.values()), (*first.args, *first.kwargs.values()), strict=True)
+    for mine, other in pairs:
+        if not (isinstance(mine, Tensor) and isinstance(other, Tensor)):
+            continue
+        if mine.ndim != other.ndim or (mine.ndim >= 4 and mine.shape[1] != other.shape[1]):
+            raise SylinitError(
+                f"batches: batch {number} has input of shape {list(mine.shape)}, batch 0 of shape "
+                f"{list(other.shape)}; all batches must have the same dimensions and channels"
+            )
+
+
+def _form(target: Tensor) -> tuple[bool, int, int]:
+    """What targets must agree in: class indices may come at any number of positions, values in one width."""
+    real = target.is_floating_point()
+    return real, target.ndim, target.shape[-1] if real and target.ndim > 1 else 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors inside, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

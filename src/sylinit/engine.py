@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from sylinit.calibrate import check_channels, norm_sums, start_fresh, write_statistics
 from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
-from sylinit.errors import SylinitError, UnsupportedLayerError
+from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.gather import Gathered, gather, not_finite, require_finite
 from sylinit.interrupts import held_interrupts
 from sylinit.lanes import Lanes
@@ -36,7 +38,7 @@ ENCODING_WEIGHT = 4.0
 """Lambda of a layer before the head, chosen on held-back images: see ``docs/method.md``."""
 
 SAMPLE = 20_000
-"""At most this many rows for codes that are fitted on rows, where ``rows="all"``."""
+"""At most this many rows for codes that are fitted on rows."""
 
 
 def initialize_(
@@ -68,7 +70,8 @@ def initialize_(
     so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive offset, and
     filters before it He's length instead of unit variance (`sylinit.calibrate`).
     Without labels there is no head: the last layer is computed like the others.
-    All or nothing: after any exception the model is bit for bit what it was.
+    All or nothing: after any exception the model is bit for bit what it was. (Frozen parameters are never written and
+    not copied: what the model's own forward writes into them stays.)
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
 
     Args:
@@ -84,8 +87,9 @@ def initialize_(
             the head the weight of least generalised cross-validation error on the calibration data.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
-        head: the name of the layer whose outputs are the logits or predictions; "auto" takes the last layer whose width
-            fits the targets; None where there is none.
+        head: the name of the layer whose outputs are the logits or predictions; "auto" takes the last layer, as the
+            model registers them, whose width fits the targets, and warns if another that fits comes later in the pass;
+            None where there is none.
         rows: rows of input read per layer: an upper bound, "all", or None for a budget derived from the layer's width.
             Codes that are fitted on rows read at most 20,000.
         variance: of each unit's output on the calibration data. Heads, and, where training samples are few,
@@ -117,7 +121,7 @@ def initialize_(
             model, encoding_weight, variance, head, rows, train_size, solver, generator, offload, progress, forward
         )
     )
-    model = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+    model = _unwrapped(model)
     shards = processes.together(lambda: Shards(model, processes.ranks))
     snapshot = Snapshot(model, generator)
     succeeded = False
@@ -137,6 +141,7 @@ def initialize_(
                 run = _Pass(plan, data, processes, snapshot, settings, parked)
                 run.through(model, forward)
             succeeded = True
+            notes = (*plan.notes, *run.doubts())
         except BaseException as error:
             processes.announce(error)
             raise
@@ -152,7 +157,7 @@ def initialize_(
         samples=data.samples,
         seconds=time.perf_counter() - started,
         solve_seconds=sum(record.seconds for record in run.records),
-        notes=plan.notes,
+        notes=notes,
         offloaded_peak=parked.peak if parked else 0,
         offloaded_total=parked.moved if parked else 0,
     )
@@ -183,14 +188,14 @@ class _Settings:
             total: the rows that there are.
             short_way: the share of them that costs as much as all do, where there is such a way to all.
         """
-        if self.rows == "all":
-            return SAMPLE if needs == "rows" else None
+        if needs == "rows":
+            return min(
+                SAMPLE, default_rows(view.dim) if self.rows is None else SAMPLE if self.rows == "all" else self.rows
+            )
         if self.rows is not None:
-            return self.rows
+            return None if self.rows == "all" else self.rows
         budget = default_rows(view.dim)
-        if needs == "moments" and short_way is not None and budget >= short_way * total:
-            return None
-        return budget
+        return None if short_way is not None and budget >= short_way * total else budget
 
 
 class _Pass:
@@ -228,7 +233,8 @@ class _Pass:
             for number in numbers:
                 view = self._plan.doors[number].view
                 if isinstance(view, AttentionOutputView):
-                    self._hooks.append(module.register_forward_hook(self._hook_behind(number, view), always_call=True))
+                    behind = self._hook_behind(number, view)  # before the user's hooks, which expect the real output
+                    self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
         torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
         model.eval()
 
@@ -240,7 +246,7 @@ class _Pass:
                 else:
                     call_model(model, batch)
 
-        with torch.no_grad():
+        with torch.no_grad(), _uncompiled():
             self._lanes.run(lane)
 
     def remove_hooks(self) -> None:
@@ -255,6 +261,21 @@ class _Pass:
             for number, door in enumerate(self._plan.doors)
             if number not in self._settled
         ]
+
+    def doubts(self) -> tuple[str, ...]:
+        """Warn, and note, that another layer than the one taken may be the head: it fits, too, and came later."""
+        place = {record.name: number for number, record in enumerate(self.records)}
+        head = next((door.name for door in self._plan.doors if door.head and door.name in place), None)
+        later = [name for name in self._plan.rivals if head and place.get(name, -1) > place[head]]
+        if not later:
+            return ()
+        last = max(later, key=lambda name: place[name])
+        note = (
+            f"{head!r} was taken for the head, but {last!r} has as many outputs and came after it; "
+            f"if that is the head, pass head={last!r}, otherwise head={head!r}"
+        )
+        warnings.warn(note, SylinitWarning, stacklevel=3)
+        return (note,)
 
     def _hook(self, numbers: list[int]) -> Callable[..., None]:
         def meet(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -292,6 +313,7 @@ class _Pass:
         with reading, torch.device("cpu"), torch.autocast(door.device.type, enabled=False):
             self._processes.together(lambda: self._check_entry(door, waiting))
             record = self._matrix(door, number, waiting) if door.view else self._statistics(door, waiting)
+        torch.clear_autocast_cache()  # it may hold casts of the layer's former weights
         self.records.append(replace(record, seconds=time.perf_counter() - started))
         self._settled.add(number)
         if self._settings.progress is not None:
@@ -429,6 +451,21 @@ class _Pass:
             decoding_error=float(solution.decoding_error),
             dead_units=float(solution.dead.double().mean()),
         )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside the wrappers that only run it."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(model.module)
+    own = getattr(model, "_orig_mod", None)  # of torch.compile
+    return _unwrapped(own) if isinstance(own, nn.Module) and "torch._dynamo" in sys.modules else model
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled modules run as they were written: each layer runs once, and compiling the hooks takes minutes."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _offload(asked: bool | str, plan: Plan, lanes: int) -> Offload | None:

@@ -66,7 +66,10 @@ def approximate_layer(cov: Covariance, problem: Problem) -> tuple[Solution | Non
 
 
 def _solve(cov: Covariance, problem: Problem, fit: Callable[[Covariance, Problem], Fit | None]) -> Solution | None:
-    code, note = _with_varied_targets(problem, cov)
+    same = bool(cov.tt.trace() <= 1e-12 * cov.mean_t.square().sum())
+    if same:  # what is left of the targets' covariance is rounding
+        cov = replace(cov, xt=torch.zeros_like(cov.xt), tt=torch.zeros_like(cov.tt))
+    code, note = _with_varied_targets(problem, same)
     found = fit(cov, replace(problem, code=code))
     if found is None:
         return None
@@ -142,11 +145,12 @@ def _solve_group(rows: Tensor, targets: Tensor, problem: Problem) -> Solution:
     )
 
 
-def _with_varied_targets(problem: Problem, cov: Covariance) -> tuple[Code, str]:
-    """The code itself, or what it falls back to where all rows have the same target, which then tells nothing."""
+def _with_varied_targets(problem: Problem, same: bool) -> tuple[Code, str]:
+    """The code itself, or what it falls back to where all rows have the `same` target, which then tells nothing."""
     code = problem.code
-    same = bool(cov.tt.trace() <= 1e-12 * cov.mean_t.square().sum())
-    if not same or not code.labels or problem.role in ("logits", "values") or code.function is select_target:
+    if same and problem.role in ("logits", "values"):
+        return code, "all its rows have the same target, so it predicts that"
+    if not same or not code.labels or code.function is select_target:
         return code, ""
     reason = "all its rows have the same label"
     remedy = "pass samples of more classes, or a code without labels such as code='pca'"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,10 @@ ends better while labels are few. With more, what moves learns.
 """
 
 
+ROOT = "(the model itself)"
+"""The name of a module that is the whole model."""
+
+
 def feeds_normalisation(view: View | None) -> bool:
     """Whether a layer's outputs feed a normalisation: a convolution without a bias is taken to."""
     return isinstance(view, ConvView) and not view.has_bias
@@ -73,11 +77,15 @@ HEAD = Code("head", select_target, "moments", labels=True, leading=1.0)
 
 @dataclass(frozen=True)
 class Plan:
-    """Doors in the model's order, the layers left alone, and what a user should know."""
+    """Doors in the model's order, the layers left alone, and what a user should know.
+
+    `rivals` are the names of layers that fit the targets as well as the head that was taken.
+    """
 
     doors: tuple[Door, ...]
     left_alone: tuple[LayerReport, ...]
     notes: tuple[str, ...]
+    rivals: frozenset[str] = frozenset()
 
 
 def make_plan(
@@ -100,8 +108,8 @@ def make_plan(
     """
     views, norms, left = _find(model)
     few = (train_size or samples) < FEW
-    modules = dict(model.named_modules())
-    names = [name for name in (*modules, *(view.name for view in views)) if name]
+    modules = {name or ROOT: module for name, module in model.named_modules()}
+    names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
     chosen = selector(layers, names)
     code_of = _codes(code, names)
     head_view, notes = _head(views, head, kind, names, chosen)
@@ -142,7 +150,8 @@ def make_plan(
             f"{samples} samples are few: normalisations and what feeds them will move little in training; "
             f"pass train_size= if it is on {FEW:,} or more"
         )
-    return Plan(tuple(doors), tuple(left), tuple(notes))
+    rivals = fitting(views, kind) if head == "auto" and head_view is not None else ()
+    return Plan(tuple(doors), tuple(left), tuple(notes), frozenset(v.name for v in rivals if v is not head_view))
 
 
 def _find(model: nn.Module) -> tuple[list[View], list[tuple[str, nn.Module]], list[LayerReport]]:
@@ -157,7 +166,7 @@ def _find(model: nn.Module) -> tuple[list[View], list[tuple[str, nn.Module]], li
         own = [key for key, value in module._parameters.items() if value is not None]
         if _lazy(module):
             reason = "lazy and not materialised yet; run one batch through the model first"
-            left.append(_left(name or "(the model itself)", type(module).__name__, reason))
+            left.append(_left(name or ROOT, type(module).__name__, reason))
         elif keeps_statistics(module):
             norms.append((name, module))
         elif "norm" in type(module).__name__.lower():
@@ -167,7 +176,7 @@ def _find(model: nn.Module) -> tuple[list[View], list[tuple[str, nn.Module]], li
             try:
                 views += views_of(module, name)
             except UnsupportedLayerError as error:
-                left.append(_left(name or "(the model itself)", type(module).__name__, str(error)))
+                left.append(_left(name or ROOT, type(module).__name__, str(error)))
     return views, norms, left
 
 
@@ -209,9 +218,11 @@ def _head(
         found = [view for view in views if view.name == head] or [view for view in views if matches(head, view.name)]
         if not found:
             raise SylinitError(f"head={head!r} is no layer that sylinit can initialise")
+        if found[-1].groups > 1:
+            raise SylinitError(f"head={head!r}: {_grouped(found[-1])}; make it a layer of one group, or pass head=None")
         _require_width(found[-1], kind, "head")
         return found[-1], []
-    fits = [view for view in views if _outputs(view) == width or (width == 2 and kind.classes and _outputs(view) == 1)]
+    fits = fitting(views, kind)
     if fits:
         return fits[-1], []
     last = views[-1]
@@ -221,11 +232,26 @@ def _head(
         return None, []
     unit = "classes" if kind.classes else "target values"
     note = (
-        f"no layer has {width} outputs for the {width} {unit}, so none was taken for the head; "
-        f"if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
+        f"no head was taken: {_grouped(last)}"
+        if last.groups > 1
+        else (
+            f"no layer has {width} outputs for the {width} {unit}, so none was taken for the head; "
+            f"if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
+        )
     )
     warnings.warn(note, SylinitWarning, stacklevel=4)
     return None, [note]
+
+
+def _grouped(view: View) -> str:
+    return f"{view.name!r} is a {view.kind} of {view.groups} groups, each of which sees a part of the features only"
+
+
+def fitting(views: Iterable[View], kind: TargetKind) -> list[View]:
+    """The views that may be a head: one output a class or value; for two classes one may do, if none has two."""
+    whole = [view for view in views if view.groups == 1]
+    width = kind.classes or kind.width
+    return [v for v in whole if v.units == width] or [v for v in whole if kind.classes == 2 and v.units == 1]
 
 
 def _require_width(view: View, kind: TargetKind, head: str) -> None:
@@ -276,7 +302,12 @@ def _refuse(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any)
             continue
         if _lazy(module):
             raise SylinitError(f"layer {layer.name!r} ({layer.kind}): {layer.reason}")
-        if _quantised(module) and not layer.reason.startswith("not selected") and chosen(layer.name, module):
+        if (
+            layer.name != ROOT
+            and _quantised(module)
+            and not layer.reason.startswith("not selected")
+            and chosen(layer.name, module)
+        ):
             raise SylinitError(
                 f"layer {layer.name!r} ({layer.kind}) is quantised to integers: {layer.reason}; initialise the model "
                 "before quantising it, or leave this layer out with layers="

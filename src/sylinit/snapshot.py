@@ -17,7 +17,8 @@ class Snapshot:
     """The state of a model and of the random number generators before a pass.
 
     Buffers and trainable parameters are copied at once, since a forward pass may write into any of them. Training needs
-    as much memory again for the gradients. A frozen parameter is nobody's to write and is not copied.
+    as much memory again for the gradients. Frozen parameters, which may be most of a large model, are not copied:
+    what a model's own forward writes into those, as a momentum encoder's does, stays.
 
     Args:
         model: the model.
@@ -33,7 +34,7 @@ class Snapshot:
             for registry in (module._parameters, module._buffers)
         ]
         self._numbers = [
-            (tensor, tensor.detach().clone())
+            (tensor, _memory(tensor).clone())
             for tensor in (*model.buffers(), *(p for p in model.parameters() if p.requires_grad))
             if not isinstance(tensor, UninitializedTensorMixin)
         ]
@@ -62,13 +63,24 @@ class Snapshot:
         for registry, entries in self._registered:
             registry.clear()
             registry.update(entries)
-        for tensor, before in self._numbers:
-            if not (succeeded and self.keeps(tensor)):
-                tensor.copy_(before)
         if not succeeded and self._generator is not None and self._generator_state is not None:
             self._generator.set_state(self._generator_state)
         _set_random_states(self._random)
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
+        for tensor, before in self._numbers:
+            if not (succeeded and self.keeps(tensor)):
+                with torch.inference_mode(tensor.is_inference()):
+                    _memory(tensor).copy_(before)
+        torch.clear_autocast_cache()  # casts of what the weights were meanwhile
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """Every number of a tensor once: `expand` shows the same memory many times, into which nothing can be copied."""
+    tensor = tensor.detach()
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _random_states() -> dict[str, Any]:

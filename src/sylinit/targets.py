@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sylinit.errors import SylinitError
+from sylinit.errors import SylinitError, SylinitWarning
 from sylinit.views import unravel
 
 IGNORED = -100
@@ -84,7 +85,20 @@ def describe(targets: list[Tensor]) -> TargetKind:
         return TargetKind()
     first = targets[0]
     if not first.is_floating_point():
-        return TargetKind(classes=_largest_class(targets) + 1)
+        classes = _largest_class(targets) + 1
+        if (
+            first.ndim == 2
+            and first.shape[1] > 1
+            and classes == 2
+            and all(bool((t.sum(1) == 1).all()) for t in targets)
+        ):
+            warnings.warn(
+                f"batches: integer targets of shape {list(first.shape)} are read as class 0 or 1 at {first.shape[1]} "
+                "positions; if they are one-hot, pass class indices (y.argmax(1)) or real numbers (y.float())",
+                SylinitWarning,
+                stacklevel=2,
+            )
+        return TargetKind(classes=classes)
     for number, target in enumerate(targets):
         if not bool(target.isfinite().all()):
             raise SylinitError(

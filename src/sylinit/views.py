@@ -496,11 +496,12 @@ def views_of(module: nn.Module, name: str) -> list[View]:
             raise UnsupportedLayerError(f"its parameter {key!r} is {str(value.dtype).removeprefix('torch.')}, not real")
         if hasattr(value, "__tensor_flatten__"):  # a tensor made of others: sharded, quantised
             raise UnsupportedLayerError(f"its parameter {key!r} is a {type(value).__name__}, not one plain tensor")
-    if not isinstance(module, nn.MultiheadAttention) and not _leaves(module, "weight"):
-        raise UnsupportedLayerError(
-            "its weight is no parameter (torch.nn.utils.weight_norm and its like recompute it from others); "
-            "use torch.nn.utils.parametrizations instead"
-        )
+    for key in () if isinstance(module, nn.MultiheadAttention) else ("weight", "bias"):
+        if not _leaves(module, key) and (key == "weight" or getattr(module, key, None) is not None):
+            raise UnsupportedLayerError(
+                f"its {key} is no parameter (torch.nn.utils.weight_norm, torch.nn.utils.prune and their like recompute "
+                "it from others); use torch.nn.utils.parametrizations, or prune afterwards"
+            )
     return make(module, name)
 
 
