@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 
 import sylinit
 from sylinit import cli
+from sylinit.study import runner
 from sylinit.study.data import load
 from sylinit.study.models import build
 from sylinit.study.train import accuracy
@@ -89,6 +93,56 @@ def test_compare_names_the_best_and_resumes(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "results.jsonl").read_text() == lines
 
 
+def test_compare_takes_no_results_of_other_data_or_another_model_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    source = Path("networks_of_a_user.py")
+    source.write_text("from torch import nn\ndef make(shape, classes): return nn.Linear(shape[0], classes)\n")
+    generator = np.random.default_rng(0)
+    arguments = [
+        "compare", "networks_of_a_user:make", "--data", "data.npz", "--shots", "2", "--seeds", "1", "--epochs", "1",
+        "--starts", "he-normal,he-normal,sylinit", "--grid", "0.01", "--workers", "1", "--out", tmp_path,
+    ]  # fmt: skip
+    done = []
+    for what in ("first", "same", "other data", "other model"):
+        if what in ("first", "other data"):
+            np.savez("data.npz", x=generator.normal(size=(60, 5)), y=np.arange(60) % 3)
+            load.cache_clear()
+        if what == "other model":
+            source.write_text(source.read_text() + "# changed\n")
+        code, out, _ = call(capsys, *arguments)
+        assert code == 0
+        done.append(re.search(r"(\d+) are done", out).group(1))  # type: ignore[union-attr]
+    assert done == ["0", "4", "0", "0"]
+
+
+def test_the_figure_of_a_part_shows_what_there_is_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"before": 0.1, "after": 0.5, "area": 0.3, "diverged": False, "curve": [[0, 0.1]], "init_seconds": 1}
+    monkeypatch.setitem(runner.TASKS, "train", lambda e: {**result, "total_seconds": 2.0})
+    monkeypatch.setattr(runner, "prepare", lambda experiments, report: None)
+    drawn: dict[str, list[int]] = {}
+    monkeypatch.setattr(
+        "sylinit.study.figures.save",
+        lambda figure, path: drawn.setdefault(path.name, []).append(len(figure.axes[0].lines)),
+    )
+    for part in ((), ("--only", "sylinit,lsuv")):
+        code, out, _ = call(capsys, "study", "fewshot", "--quick", "--workers", "1", "--out", tmp_path, *part)
+        assert code == 0
+        assert ("he-normal" in out) == (not part)
+    assert drawn
+    assert all(first == second for first, second in drawn.values())
+
+
+def test_a_study_of_more_seeds_than_the_preset_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "study", "learning-rate", "--quick", "--seeds", "7", "--dry-run", "--out", tmp_path)
+    assert code == 0
+    assert f"{2 * 2 * 4 * 7} to report" in out
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "demo", "--seeds", "1", "--shots", "2", "--workers", "1", "--out", tmp_path)
     assert code == 0
@@ -111,6 +165,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "mlp", "--data", "digits", "--shots", "5000"], "ask for fewer"),
         (["study", "fewshots"], "did you mean 'fewshot'"),
         (["study", "report"], "no results"),
+        (["study", "time", "--epochs", "3"], "time trains nothing"),
         (["study", "codes", "--precision", "half"], "--precision half: expected float32 or bfloat16"),
         (["study", "codes", "--quick", "--precision", "float32"], "codes --quick has none to choose"),
     ],

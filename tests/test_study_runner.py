@@ -22,7 +22,7 @@ from sylinit.study import runner
 from sylinit.study.data import load
 from sylinit.study.experiment import Experiment
 from sylinit.study.forecast import counted, forecast
-from sylinit.study.page import panels, write_page
+from sylinit.study.page import panels, recorded, write_page
 from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import (
@@ -249,6 +249,40 @@ def test_a_task_goes_on_in_the_precision_it_was_begun_in() -> None:
         assert len(begun.arms) == len(plan.arms)
     timed = PRESETS["time"].plan(False)
     assert in_precision(timed, "float32") == as_begun(timed, store) == timed  # it trains nothing
+
+
+def test_starts_that_are_compared_have_one_schedule() -> None:
+    plan = part(PRESETS["scratch"].plan(False), {"--only": ("label", ["sylinit", "lsuv", "he-normal"])})
+    assert {arm.epochs for arm in plan.arms} == {60}
+    store = Store("nowhere")
+
+    def add(epochs: int, *starts: str) -> None:
+        for arm in plan.arms:
+            if arm.start in starts:
+                made = replace(arm, epochs=epochs, lr=0.1)
+                store.records[made.key] = record(made, 0.5)
+
+    add(4, "sylinit", "lsuv", "he-normal")
+    add(60, "sylinit")
+    assert {arm.epochs for arm in as_run(plan, store).arms} == {4}  # of all starts, though one has the plan's
+    add(60, "lsuv", "he-normal")
+    add(90, "sylinit", "lsuv", "he-normal")
+    assert as_run(plan, store) == plan
+    assert {arm.epochs for arm in as_run(PRESETS["fewshot"].plan(False), store).arms} > {40}  # others stay
+
+
+def test_results_of_compare_over_other_grids_are_other_panels(tmp_path: Path) -> None:
+    store = Store(tmp_path / "results.jsonl")
+    result = {"before": 0.1, "after": 0.5, "area": 0.3, "diverged": False, "curve": [[0, 0.1], [10, 0.5]],
+              "init_seconds": 1.0, "total_seconds": 2.0}  # fmt: skip
+    for starts, grid in ((("sylinit", "lsuv"), (0.1, 0.3)), (("he-normal",), (0.1,))):
+        plan = Plan(tuple(replace(TINY, start=start) for start in starts), grid=grid, seeds=(0, 1))
+        for e in [*plan.tuning(), *plan.final({arm.method: 0.1 for arm in plan.arms})]:
+            store.add(e, result)
+    found = [read(plan, store) for plan in recorded(store)]
+    assert sorted((len(study.records), study.plan.grid) for study in found) == [(2, (0.1,)), (4, (0.1, 0.3))]
+    assert "6 runs" not in write_page(tmp_path).read_text()
+    assert "4 of 4 runs" in write_page(tmp_path).read_text()  # beside the page, where compare puts them by default
 
 
 def test_a_panel_says_where_precision_differs() -> None:

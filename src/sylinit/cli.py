@@ -188,11 +188,11 @@ def compare(
     """
     from sylinit.study.data import few_shot, held_back, load
     from sylinit.study.experiment import Experiment
-    from sylinit.study.models import build
+    from sylinit.study.models import build, fingerprint
     from sylinit.study.runner import GRIDS, Plan
     from sylinit.study.starts import STARTS, check_start
 
-    names = list(STARTS) if starts == "all" else [name.strip() for name in starts.split(",")]
+    names = list(STARTS) if starts == "all" else list(dict.fromkeys(_words(starts)))
     for name in names:
         check_start(name)
     if optimiser not in GRIDS:
@@ -204,7 +204,13 @@ def compare(
     build(model, dataset.shape, dataset.classes)
     held_back(dataset.train_y, few_shot(dataset.train_y, shots, 0), 1, 0)
     source = str(Path(data).resolve()) if Path(data).exists() else data
-    arms = tuple(Experiment(source, model, name, shots, optimiser=optimiser, epochs=epochs) for name in names)
+    # results of other data or another model of the same name are not those of these
+    setting = tuple(
+        (key, value) for key, value in (("data", dataset.fingerprint), ("source", fingerprint(model))) if value
+    )
+    arms = tuple(
+        Experiment(source, model, name, shots, optimiser=optimiser, epochs=epochs, setting=setting) for name in names
+    )
     plan = Plan(arms, grid=rates, seeds=tuple(range(seeds)), workers=workers)
     size = len(dataset.test_y)
     console.print(
@@ -232,7 +238,7 @@ def study(
     models: Annotated[str, typer.Option(help="A part: comma-separated networks.")] = "",
     data: Annotated[str, typer.Option(help="A part: comma-separated data sets.")] = "",
     shots: Annotated[str, typer.Option(help="A part: comma-separated numbers of examples a class.")] = "",
-    seeds: Annotated[int | None, typer.Option(min=1, help="A part: so many seeds, counted from the first.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions; by default as many as the preset has.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="A shorter or longer schedule than the preset's.")] = None,
     precision: Annotated[
         str,
@@ -256,7 +262,7 @@ def study(
     from sylinit.study.figures import save
     from sylinit.study.page import panels, results_file, write_page
     from sylinit.study.presets import PRESETS, part
-    from sylinit.study.runner import as_begun, device, in_precision
+    from sylinit.study.runner import as_begun, as_run, device, in_precision, read
     from sylinit.study.store import Store
     from sylinit.study.train import PRECISIONS, fast_precision
 
@@ -279,10 +285,12 @@ def study(
     plan = replace(
         plan,
         arms=tuple(replace(arm, epochs=epochs) for arm in plan.arms) if epochs else plan.arms,
-        seeds=plan.seeds[:seeds],
+        seeds=tuple(range(seeds)) if seeds else plan.seeds,
         workers=workers or plan.workers,
     )
     path = results_file(out, chosen, quick)
+    if epochs and all(arm.task == "time" for arm in plan.arms):
+        raise SylinitError(f"--epochs {epochs}: {preset} trains nothing; leave it out")
     if precision and precision not in PRECISIONS:
         raise SylinitError(f"--precision {precision}: expected {' or '.join(PRECISIONS)}")
     if precision and not any(arm.get("precision") for arm in plan.arms):
@@ -300,7 +308,11 @@ def study(
     if dry_run:
         _announce(plan, path)
         return
-    for panel in panels(chosen, _run(plan, path)):
+    found = panels(chosen, _run(plan, path))
+    store = Store(path)
+    # a part's figures show what there is of the whole: the same file name, the same figure
+    drawn = {panel.name: panel for panel in panels(chosen, read(as_run(chosen.plan(quick), store), store))}
+    for panel in found:
         for grid in panel.tables:
             # not as the table's title, which would be folded to the width of a narrow table
             console.print(f"{panel.title}: {grid.caption}", style="italic", highlight=False, markup=False)
@@ -312,7 +324,7 @@ def study(
             console.print(table)
         for remark in panel.remarks:
             console.print(remark, highlight=False, markup=False)
-        for name, figure in panel.figures:
+        for name, figure in drawn.get(panel.name, panel).figures:
             save(figure, out / "figures" / f"{path.stem}-{panel.name}-{name}")
     console.print(f"figures: {out / 'figures'}; page of all results: sylinit study report --out {out}", soft_wrap=True)
 

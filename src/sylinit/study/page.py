@@ -243,7 +243,7 @@ COMPARE = Preset("compare", "Which start is best for one network and few example
 
 
 def write_page(directory: Path) -> Path:
-    """Collect every preset's results in `directory`, and those of `sylinit compare` in ``compare/``, in one page.
+    """Collect the results of every preset, and of `sylinit compare` (there or in ``compare/``), in one page.
 
     Returns:
         The path of ``index.html``, which needs no other file.
@@ -251,7 +251,7 @@ def write_page(directory: Path) -> Path:
     Raises:
         SylinitError: if there are no results.
     """
-    sections = [(COMPARE, False, directory / "compare" / "results.jsonl")]
+    sections = [(COMPARE, False, place / "results.jsonl") for place in (directory, directory / "compare")]
     sections += [
         (preset, quick, results_file(directory, preset, quick))
         for preset in PRESETS.values()
@@ -286,19 +286,22 @@ def write_page(directory: Path) -> Path:
 
 
 def recorded(store: Store) -> list[Plan]:
-    """The plans that the records of a store come from, one for each task."""
-    tasks: dict[Experiment, list[Experiment]] = {}
+    """The plans that the records of a store come from: one for each task and each grid that starts were tuned over."""
+    methods: dict[Experiment, list[Experiment]] = {}
     for record in store.records.values():
-        task = replace(record.experiment.method, start="", options=())
-        tasks.setdefault(task, []).append(record.experiment)
+        methods.setdefault(record.experiment.method, []).append(record.experiment)
+    plans: dict[tuple[Experiment, Plan], list[Experiment]] = {}
+    for method, made in methods.items():
+        tuned, final = ([e for e in made if (e.seed >= TUNING_SEED) == tuning] for tuning in (True, False))
+        plan = Plan((), tuple(sorted({e.lr for e in tuned})), tuning_seeds=len({e.seed for e in tuned}))
+        plans.setdefault((replace(method, start="", options=()), plan), []).extend([*final, *tuned])
     return [
-        Plan(
-            tuple(dict.fromkeys(e.method for e in made)),
-            grid=tuple(sorted({e.lr for e in made if e.seed >= TUNING_SEED})),
+        replace(
+            plan,
+            arms=tuple(dict.fromkeys(e.method for e in made)),
             seeds=tuple(sorted({e.seed for e in made if e.seed < TUNING_SEED})),
-            tuning_seeds=len({e.seed for e in made if e.seed >= TUNING_SEED}),
         )
-        for made in tasks.values()
+        for (_, plan), made in plans.items()
     ]
 
 

@@ -155,20 +155,22 @@ def read(plan: Plan, store: Store) -> Study:
 
 
 def as_run(plan: Plan, store: Store) -> Plan:
-    """The plan as far as the store has it.
+    """The plan as far as the store has it: each task in one precision and on one schedule, whatever the start.
 
-    Each task in the precision of most of its runs, and each arm with the number of epochs that there is; of several
-    the plan's, or else the most.
+    Of several precisions the one of most runs; of several numbers of epochs the one that most methods were run with, of
+    equals the plan's, or else the most.
     """
     plan = as_begun(plan, store)
-    known: dict[Experiment, set[int]] = {}
+    known: dict[Experiment, dict[int, set[str]]] = {}
     for record in store.records.values():
-        known.setdefault(_unscheduled(record.experiment), set()).add(record.experiment.epochs)
-    arms = []
-    for arm in plan.arms:
-        epochs = known.get(_unscheduled(arm), set())
-        arms.append(arm if arm.epochs in epochs or not epochs else replace(arm, epochs=max(epochs)))
-    return replace(plan, arms=tuple(arms))
+        e = record.experiment
+        known.setdefault(_task(e), {}).setdefault(e.epochs, set()).add(e.label)
+
+    def epochs(arm: Experiment) -> int:
+        found = known.get(_task(arm), {})
+        return max(found, key=lambda each: (len(found[each]), each == arm.epochs, each), default=arm.epochs)
+
+    return replace(plan, arms=tuple(replace(arm, epochs=epochs(arm)) for arm in plan.arms))
 
 
 def as_begun(plan: Plan, store: Store) -> Plan:
@@ -178,9 +180,10 @@ def as_begun(plan: Plan, store: Store) -> Plan:
     """
     known: dict[Experiment, Counter[str]] = {}
     for record in store.records.values():
-        known.setdefault(_task(record.experiment), Counter())[record.experiment.get("precision")] += 1
+        task = _in_precision(_task(record.experiment), "")
+        known.setdefault(task, Counter())[record.experiment.get("precision")] += 1
     found = {task: counts.most_common(1)[0][0] for task, counts in known.items()}
-    arms = [_in_precision(arm, found.get(_task(arm), arm.get("precision"))) for arm in plan.arms]
+    arms = [_in_precision(e, found.get(_in_precision(_task(e), ""), e.get("precision"))) for e in plan.arms]
     return replace(plan, arms=tuple(arms))
 
 
@@ -195,12 +198,9 @@ def _in_precision(experiment: Experiment, precision: str) -> Experiment:
 
 
 def _task(experiment: Experiment) -> Experiment:
-    """What starts are compared on: all of an experiment but start, schedule and precision."""
-    return replace(_unscheduled(_in_precision(experiment, "")), start="", options=())
-
-
-def _unscheduled(experiment: Experiment) -> Experiment:
-    return replace(experiment.method, epochs=0, dataset=Path(experiment.dataset).name)
+    """What starts are compared on: all of an experiment but start and schedule."""
+    dataset = Path(experiment.dataset).name
+    return replace(experiment.method, start="", options=(), epochs=0, dataset=dataset)
 
 
 def choose(plan: Plan, records: Iterable[Record]) -> dict[Experiment, float]:
