@@ -23,6 +23,7 @@ CALIBRATION = 2000
 """At most so many training samples go into a start that reads data."""
 
 BATCH = 500
+"""Samples of a forward pass; LSUV, which takes one batch, and PCA whitening read no more than these."""
 
 DRAWS = 16
 """Random losses that rates of change are averaged over."""
