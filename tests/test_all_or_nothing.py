@@ -52,7 +52,7 @@ def make() -> nn.Sequential:
 
 
 def bits(tensor: Tensor | None) -> bytes | None:
-    return None if tensor is None else tensor.detach().numpy().tobytes()
+    return None if tensor is None else tensor.detach().to_dense().numpy().tobytes()
 
 
 def state(model: nn.Module, generator: torch.Generator | None = None, *, results: bool = True) -> dict[str, Any]:
@@ -375,17 +375,19 @@ def test_layers_that_are_not_selected_keep_their_bits():
 
 
 class Shown(nn.Module):
-    """Holds buffers that a plain copy cannot be written into: one shown many times, one made under inference mode."""
+    """Holds buffers that are odd to copy: shown many times, made under inference mode, sparse."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gain", torch.ones(1).expand(3))
         with torch.inference_mode():
             self.register_buffer("made", torch.zeros(()))
+        self.register_buffer("graph", torch.eye(3).to_sparse())
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
             self.made += 1
+        self.graph.mul_(2)
         return x * self.gain.view(3, 1, 1)[:2]
 
 

@@ -264,6 +264,11 @@ def test_a_head_that_is_not_the_last_to_run_is_warned_of():
     assert "'head' has as many outputs" in str(report)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        model = First()
+        before = weights(model)
+        with pytest.raises(sylinit.SylinitWarning):
+            sylinit.initialize_(model, [(x, y)])
+        assert torch.equal(weights(model), before)
         assert sylinit.initialize_(First(), [(x, y)], head="head")["head"].code == "head"
         sylinit.initialize_(nn.Sequential(nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 3)), [(x, y)])
 

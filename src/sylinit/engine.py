@@ -140,8 +140,8 @@ def initialize_(
                 settings = _Settings(encoding_weight, variance, rows, solver, progress)
                 run = _Pass(plan, data, processes, snapshot, settings, parked)
                 run.through(model, forward)
+                notes = (*plan.notes, *run.doubts())
             succeeded = True
-            notes = (*plan.notes, *run.doubts())
         except BaseException as error:
             processes.announce(error)
             raise
@@ -188,14 +188,12 @@ class _Settings:
             total: the rows that there are.
             short_way: the share of them that costs as much as all do, where there is such a way to all.
         """
+        budget = default_rows(view.dim) if self.rows is None else self.rows
         if needs == "rows":
-            return min(
-                SAMPLE, default_rows(view.dim) if self.rows is None else SAMPLE if self.rows == "all" else self.rows
-            )
-        if self.rows is not None:
-            return None if self.rows == "all" else self.rows
-        budget = default_rows(view.dim)
-        return None if short_way is not None and budget >= short_way * total else budget
+            return SAMPLE if budget == "all" else min(SAMPLE, budget)
+        if budget == "all" or (self.rows is None and short_way is not None and budget >= short_way * total):
+            return None
+        return budget
 
 
 class _Pass:

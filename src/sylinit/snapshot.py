@@ -34,7 +34,7 @@ class Snapshot:
             for registry in (module._parameters, module._buffers)
         ]
         self._numbers = [
-            (tensor, _memory(tensor).clone())
+            (tensor, _memory(tensor).detach().clone())
             for tensor in (*model.buffers(), *(p for p in model.parameters() if p.requires_grad))
             if not isinstance(tensor, UninitializedTensorMixin)
         ]
@@ -76,6 +76,8 @@ class Snapshot:
 
 def _memory(tensor: Tensor) -> Tensor:
     """Every number of a tensor once: `expand` shows the same memory many times, into which nothing can be copied."""
+    if tensor.layout is not torch.strided:
+        return tensor
     tensor = tensor.detach()
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:

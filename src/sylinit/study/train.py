@@ -167,7 +167,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def fast_precision(device: torch.device) -> str:
-    """``"bfloat16"`` where `device` computes in it, else ``"float32"``: emulated it is some ten times slower."""
+    """``"bfloat16"`` where `device` computes in it, else ``"float32"``: emulated it is far slower than that."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
