@@ -14,10 +14,11 @@ import pytest
 
 from sylinit.study.experiment import Experiment
 from sylinit.study.presets import PRESETS
-from sylinit.study.runner import as_run, read
+from sylinit.study.runner import as_run, in_precision, read
 from sylinit.study.starts import STARTS
 from sylinit.study.store import Record, Store
 from sylinit.study.summary import Row, gap
+from sylinit.study.train import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,10 +38,13 @@ def measured() -> Iterator[tuple[tuple[Any, ...], str, Record]]:
     """
     for name, preset in PRESETS.items():
         store = Store(RESULTS / "study" / f"{name}.jsonl")
-        study = read(as_run(preset.plan(False), store), store)
-        for record in study.records:
-            e = record.experiment
-            yield (*place(name, e), None if study.plan.grid else e.lr), e.method.label, record
+        plan = as_run(preset.plan(False), store)
+        runs = {r.experiment: r.experiment.method.label for r in read(plan, store).records}
+        for precision in PRECISIONS:  # a part that was repeated in the other one
+            for record in read(in_precision(plan, precision), store).records:
+                runs.setdefault(record.experiment, f"{record.experiment.method.label}, {precision}")
+        for e, label in runs.items():
+            yield (*place(name, e), None if plan.grid else e.lr), label, store[e]
     for record in Store(RESULTS / "study" / "former-default.jsonl").records.values():
         e = record.experiment
         if e.split == "test":
