@@ -17,13 +17,15 @@ from sylinit.study.presets import PRESETS
 from sylinit.study.runner import as_run, in_precision, read
 from sylinit.study.starts import STARTS
 from sylinit.study.store import Record, Store
-from sylinit.study.summary import Row, gap
+from sylinit.study.summary import Row, gap, rows
 from sylinit.study.train import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r"(?<![\d.])[+-]?\d+\.\d ± \d+\.\d(?!\d)")
 METRICS = ("before", "after", "area")
+FEW_LABELS = (("cifar10", "cnn"), ("cifar10", "resnet20"), ("fashion-mnist", "resnet20"), ("fashion-mnist", "cnn"))
+"""What the tables of docs/studies.md by examples a class are about, in order."""
 
 
 def place(name: str, e: Experiment) -> tuple[Any, ...]:
@@ -101,6 +103,26 @@ def test_every_interval_follows_from_the_results(page: str, known: dict[str, set
         if figure not in known[("gap " if start and figure[0] in "+-" else "") + start]
     ]
     assert not wrong, "not in the results:\n" + "\n".join(wrong)
+
+
+def test_the_tables_of_few_labels_are_the_results_and_mark_the_edges_of_the_grid() -> None:
+    store = Store(RESULTS / "study" / "fewshot.jsonl")
+    study = read(as_run(PRESETS["fewshot"].plan(False), store), store)
+    made = {(r.method.dataset, r.method.model, r.method.shots, r.label): r for r in rows(study)}
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| examples a class | 5")]
+    assert len(tables) == len(FEW_LABELS)
+    for task, (header, _, *lines) in zip(FEW_LABELS, tables, strict=True):
+        shots = [int(cell) for cell in header.strip("| ").split(" | ")[1:]]
+        for line in lines:
+            name, *cells = line.strip("| ").split(" | ")
+            if not name.startswith("`"):  # a gap, which the test above looks at
+                continue
+            start, metric = name.split("`")[1], "before" if "before" in name else "after"
+            for count, cell in zip(shots, cells, strict=True):
+                row = made[(*task, count, start)]
+                expected = row.interval(metric).percent() + ("*" if row.at_edge and metric == "after" else "")
+                assert cell == expected, f"{task}, {count} a class, {name}: {cell} instead of {expected}"
 
 
 def test_there_are_figures_to_check() -> None:
