@@ -329,6 +329,14 @@ def test_shared_modules_and_tied_weights_are_computed_once():
     assert model.tied.weight is model.first.weight
 
 
+def test_parameters_that_share_their_memory_are_tied():
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    model[2].weight.data = model[0].weight.data
+    report = sylinit.initialize_(model, [vectors()])
+    assert report["2"].reason == "its weight is tied to that of '0'"
+    assert report["0"].action == "initialised"
+
+
 def test_a_layer_tied_to_a_parameter_of_the_model_itself_is_left_alone():
     class Table(nn.Module):
         def __init__(self):

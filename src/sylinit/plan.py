@@ -116,18 +116,18 @@ def make_plan(
 
     doors: list[Door] = []
     # A parameter that something left alone also uses is left alone too.
-    owners = {id(p): layer.name for layer in left for p in _own(modules.get(layer.name))}
-    owners |= {id(p): view.name for view in views if not chosen(view.name, view.module) for p in view.parameters}
+    owners = {_memory(p): layer.name for layer in left for p in _own(modules.get(layer.name))}
+    owners |= {_memory(p): view.name for view in views if not chosen(view.name, view.module) for p in view.parameters}
     for view in views:
         if not chosen(view.name, view.module):
             left.append(_left(view.name, view.kind, "not selected by layers="))
             continue
-        owner = next((owners[id(p)] for p in view.parameters if id(p) in owners), None)
+        owner = next((owners[_memory(p)] for p in view.parameters if _memory(p) in owners), None)
         if owner is not None and not _slices_of_one(view, owner):
             left.append(_left(view.name, view.kind, f"its weight is tied to that of {owner!r}"))
             continue
         _require_writable(view)
-        owners.update({id(parameter): view.name for parameter in view.parameters})
+        owners.update({_memory(parameter): view.name for parameter in view.parameters})
         is_head = view is head_view
         held = few and not is_head and feeds_normalisation(view)
         its_code = HEAD if is_head else _with_targets(_in_place(code_of(view.name), held), view.name, kind)
@@ -317,6 +317,12 @@ def _refuse(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any)
 def _lazy(module: nn.Module) -> bool:
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return any(isinstance(t, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)) for t in tensors)
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """What tied parameters share: their memory, though they be two objects (after ``b.data = a.data``)."""
+    plain = type(parameter) is nn.Parameter  # lazy ones and tensors made of others have none of their own
+    return (parameter.data_ptr() if plain else 0) or id(parameter)
 
 
 def _own(module: nn.Module | None) -> list[nn.Parameter]:
