@@ -91,8 +91,9 @@ def test_a_grouped_convolution_is_no_head():
 
 def test_integer_one_hot_labels_are_warned_of():
     one_hot = nn.functional.one_hot(Y, 3)
-    with pytest.warns(sylinit.SylinitWarning, match=r"class 0 or 1 at 3 positions.*argmax.*float"):
+    with pytest.warns(sylinit.SylinitWarning, match=r"class 0 or 1 at 3 positions.*argmax.*float") as caught:
         report = sylinit.initialize_(small_mlp(), [(X, one_hot)], head="4")
+    assert caught[0].filename == __file__
     assert "same target" in report["4"].reason
     assert "Infinity" not in report.to_json()
 

@@ -258,10 +258,11 @@ def test_a_head_that_is_not_the_last_to_run_is_warned_of():
             return self.head(self.body(x).relu())
 
     x, y = vectors()
-    with pytest.warns(sylinit.SylinitWarning, match="pass head='head', otherwise head='body'"):
+    with pytest.warns(sylinit.SylinitWarning, match="pass head='head', otherwise head='body'") as caught:
         report = sylinit.initialize_(First(), [(x, y)])
     assert report["body"].code == "head"
     assert "'head' has as many outputs" in str(report)
+    assert caught[0].filename == __file__  # the user's own line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = First()

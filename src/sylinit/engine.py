@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from sylinit.calibrate import check_channels, norm_sums, start_fresh, write_statistics
 from sylinit.codes import Code
 from sylinit.data import Data, call_model, read_data
-from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
+from sylinit.errors import SylinitError, UnsupportedLayerError, warn
 from sylinit.gather import Gathered, gather, not_finite, require_finite
 from sylinit.interrupts import held_interrupts
 from sylinit.lanes import Lanes
@@ -272,7 +271,7 @@ class _Pass:
             f"{head!r} was taken for the head, but {last!r} has as many outputs and came after it; "
             f"if that is the head, pass head={last!r}, otherwise head={head!r}"
         )
-        warnings.warn(note, SylinitWarning, stacklevel=3)
+        warn(note)
         return (note,)
 
     def _hook(self, numbers: list[int]) -> Callable[..., None]:

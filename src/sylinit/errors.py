@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class SylinitError(ValueError):
     """Bad input to a sylinit function.
@@ -16,3 +19,11 @@ class UnsupportedLayerError(SylinitError):
 
 class SylinitWarning(UserWarning):
     """Something that was done differently from what was asked for, and why."""
+
+
+def warn(message: str) -> None:
+    """Warn of the user's own line: the nearest one outside the library."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "sylinit":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SylinitWarning, stacklevel=level)

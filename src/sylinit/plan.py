@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from sylinit.calibrate import keeps_statistics
 from sylinit.codes import CODES, Code, as_code, select_target
-from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
+from sylinit.errors import SylinitError, UnsupportedLayerError, warn
 from sylinit.report import LayerReport
 from sylinit.select import matches, require_match, selector
 from sylinit.targets import TargetKind
@@ -239,7 +238,7 @@ def _head(
             f"if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
         )
     )
-    warnings.warn(note, SylinitWarning, stacklevel=4)
+    warn(note)
     return None, [note]
 
 

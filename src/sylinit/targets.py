@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sylinit.errors import SylinitError, SylinitWarning
+from sylinit.errors import SylinitError, warn
 from sylinit.views import unravel
 
 IGNORED = -100
@@ -92,11 +91,9 @@ def describe(targets: list[Tensor]) -> TargetKind:
             and classes == 2
             and all(bool((t.sum(1) == 1).all()) for t in targets)
         ):
-            warnings.warn(
+            warn(
                 f"batches: integer targets of shape {list(first.shape)} are read as class 0 or 1 at {first.shape[1]} "
-                "positions; if they are one-hot, pass class indices (y.argmax(1)) or real numbers (y.float())",
-                SylinitWarning,
-                stacklevel=2,
+                "positions; if they are one-hot, pass class indices (y.argmax(1)) or real numbers (y.float())"
             )
         return TargetKind(classes=classes)
     for number, target in enumerate(targets):
