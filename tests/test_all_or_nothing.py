@@ -163,6 +163,7 @@ def test_an_interrupt_from_the_keyboard_while_threads_run():
         signal.signal(signal.SIGINT, previous)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that met a destructor
 @pytest.mark.parametrize("delay", range(0, 40, 2))
 def test_an_impatient_user(delay):
     """Ctrl-C again and again, from some moment on: one is enough, and none of the others comes between."""
@@ -173,6 +174,8 @@ def test_an_impatient_user(delay):
 
     def inside(number: int, frame: Any) -> None:
         while frame is not None and frame.f_code is not sylinit.initialize_.__code__:
+            if "unraisable" in frame.f_code.co_filename:  # Python dropped the last one, and pytest is taking a note
+                return
             frame = frame.f_back
         if frame is not None:
             raise KeyboardInterrupt
