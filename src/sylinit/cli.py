@@ -96,12 +96,13 @@ def demo(
     """Learn handwritten digits from a few examples, from six starting points. Under a minute."""
     from sylinit.study.experiment import Experiment
     from sylinit.study.runner import Plan
+    from sylinit.study.store import Store
 
     names = ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit")
     arms = tuple(Experiment("digits", "mlp", name, shots, epochs=20, setting=(("points", 20),)) for name in names)
     plan = Plan(arms, grid=(0.003, 0.01, 0.03, 0.1), seeds=tuple(range(seeds)), workers=workers)
     console.print(f"Handwritten digits, {shots} examples of each, {seeds} seeds; a perceptron of three layers.")
-    study = _run(plan, out / "results.jsonl")
+    study = _run(plan, Store(out / "results.jsonl"))
     _show(study, out / "demo", f"Digits from {shots} examples each")
 
 
@@ -191,6 +192,7 @@ def compare(
     from sylinit.study.models import build, fingerprint
     from sylinit.study.runner import GRIDS, Plan
     from sylinit.study.starts import STARTS, check_start
+    from sylinit.study.store import Store
 
     names = list(STARTS) if starts == "all" else list(dict.fromkeys(_words(starts)))
     for name in names:
@@ -218,7 +220,7 @@ def compare(
         f"measured on {size:,} test samples ({dataset.note}).",
         highlight=False,
     )
-    study = _run(plan, out / "results.jsonl")
+    study = _run(plan, Store(out / "results.jsonl"))
     _show(study, out / f"{model.replace(':', '-')}-{shots}", f"{model}, {shots} examples a class")
 
 
@@ -297,7 +299,8 @@ def study(
         raise SylinitError(f"--precision: {preset}{' --quick' if quick else ''} has none to choose; leave it out")
     fast = fast_precision(device())
     plan = in_precision(plan, precision or fast)
-    plan = plan if precision else as_begun(plan, Store(path))
+    store = Store(path)
+    plan = plan if precision else as_begun(plan, store)
     console.print(chosen.question)
     used = sorted({arm.get("precision") for arm in plan.arms} - {None})
     if used:
@@ -306,10 +309,9 @@ def study(
             f"Trained in {' and '.join(used)}.{' This machine must emulate bfloat16, which is slow.' if slow else ''}"
         )
     if dry_run:
-        _announce(plan, path)
+        _announce(plan, store)
         return
-    found = panels(chosen, _run(plan, path))
-    store = Store(path)
+    found = panels(chosen, _run(plan, store))
     # a part's figures show what there is of the whole: the same file name, the same figure
     drawn = {panel.name: panel for panel in panels(chosen, read(as_run(chosen.plan(quick), store), store))}
     for panel in found:
@@ -357,21 +359,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _run(plan: Any, path: Path) -> Study:
+def _run(plan: Any, store: Store) -> Study:
     from sylinit.study.runner import run_study
 
-    store = _announce(plan, path)
+    _announce(plan, store)
     with _bar("runs") as progress:
         return run_study(plan, store, progress)
 
 
-def _announce(plan: Any, path: Path) -> Store:
-    """Say how many runs there are and how long they will take; returns the store that they go into."""
+def _announce(plan: Any, store: Store) -> None:
+    """Say how many runs there are and how long they will take."""
     from sylinit.study.pool import cores
     from sylinit.study.runner import remaining
-    from sylinit.study.store import Store
 
-    store = Store(path)
     missing, seconds = remaining(plan, store)
     workers = plan.workers or cores()
     tuning = len(plan.tuning())
@@ -384,7 +384,6 @@ def _announce(plan: Any, path: Path) -> Store:
         )
     else:
         console.print("")
-    return store
 
 
 def _show(study: Study, figure: Path, title: str) -> None:

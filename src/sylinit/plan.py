@@ -12,7 +12,7 @@ from torch import nn
 from sylinit.calibrate import keeps_statistics
 from sylinit.codes import CODES, Code, as_code, select_target
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
-from sylinit.report import LayerReport
+from sylinit.report import ROOT, LayerReport
 from sylinit.select import matches, require_match, selector
 from sylinit.targets import TargetKind
 from sylinit.views import ConvView, View, views_of
@@ -59,10 +59,6 @@ Normalisations, and the layers that feed them, then start so that training moves
 an offset, and more label units (`sylinit.calibrate`, `sylinit.codes.NORMALISED_LABEL_SHARE`). That starts better, and
 ends better while labels are few. With more, what moves learns.
 """
-
-
-ROOT = "(the model itself)"
-"""The name of a module that is the whole model."""
 
 
 def feeds_normalisation(view: View | None) -> bool:
@@ -231,13 +227,11 @@ def _head(
         return None, []
     unit = "classes" if kind.classes else "target values"
     note = (
-        f"no head was taken: {_grouped(last)}"
-        if last.groups > 1
-        else (
-            f"no layer has {width} outputs for the {width} {unit}, so none was taken for the head; "
-            f"if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
-        )
+        f"no layer has {width} outputs for the {width} {unit}, so none was taken for the head; "
+        f"if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
     )
+    if last.groups > 1:
+        note = f"no head was taken: {_grouped(last)}"
     warn(note)
     return None, [note]
 

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 Action = Literal["initialised", "recalibrated", "left alone"]
 
+ROOT = "(the model itself)"
+"""The name of a module that is the whole model."""
+
 
 @dataclass(frozen=True)
 class LayerReport:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sylinit.errors import SylinitError
+from sylinit.report import ROOT
 from sylinit.snapshot import Snapshot
 
 if TYPE_CHECKING:  # importing these takes as long as importing all of sylinit; only sharded models need them
@@ -45,7 +46,7 @@ class Shards:
         for name, module in model.named_modules():
             if isinstance(module, FullyShardedDataParallel):
                 raise SylinitError(
-                    f"module {name or '(the model itself)'!r} is wrapped in FullyShardedDataParallel, which hides the "
+                    f"module {name or ROOT!r} is wrapped in FullyShardedDataParallel, which hides the "
                     "weights; initialise the model before wrapping it, or use torch.distributed.fsdp.fully_shard"
                 )
             if isinstance(module, FSDPModule):

@@ -290,18 +290,19 @@ def recorded(store: Store) -> list[Plan]:
     methods: dict[Experiment, list[Experiment]] = {}
     for record in store.records.values():
         methods.setdefault(record.experiment.method, []).append(record.experiment)
-    plans: dict[tuple[Experiment, Plan], list[Experiment]] = {}
+    tasks: dict[tuple[Experiment, tuple[float, ...], int], list[Experiment]] = {}
     for method, made in methods.items():
-        tuned, final = ([e for e in made if (e.seed >= TUNING_SEED) == tuning] for tuning in (True, False))
-        plan = Plan((), tuple(sorted({e.lr for e in tuned})), tuning_seeds=len({e.seed for e in tuned}))
-        plans.setdefault((replace(method, start="", options=()), plan), []).extend([*final, *tuned])
+        tuned = [e for e in made if e.seed >= TUNING_SEED]
+        grid, draws = tuple(sorted({e.lr for e in tuned})), len({e.seed for e in tuned})
+        tasks.setdefault((replace(method, start="", options=()), grid, draws), []).extend(made)
     return [
-        replace(
-            plan,
-            arms=tuple(dict.fromkeys(e.method for e in made)),
+        Plan(
+            tuple(dict.fromkeys(e.method for e in made)),
+            grid=grid,
             seeds=tuple(sorted({e.seed for e in made if e.seed < TUNING_SEED})),
+            tuning_seeds=draws,
         )
-        for (_, plan), made in plans.items()
+        for (_, grid, draws), made in tasks.items()
     ]
 
 
