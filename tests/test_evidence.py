@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from sylinit.study.experiment import Experiment
+from sylinit.study.precision import PRECISIONS
 from sylinit.study.presets import PRESETS
 from sylinit.study.runner import as_run, in_precision, read
 from sylinit.study.starts import STARTS
 from sylinit.study.store import Record, Store
 from sylinit.study.summary import Row, gap, rows
-from sylinit.study.train import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

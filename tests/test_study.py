@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +15,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import images, vectors
 from sylinit.errors import SylinitError
 from sylinit.study.figures import lines, save
 from sylinit.study.finetune import HEADS, features, replace_head
 from sylinit.study.models import MODELS, build
+from sylinit.study.precision import RoundedProducts, autocast, fast_precision
 from sylinit.study.presets import starts_for
 from sylinit.study.starts import STARTS, apply_start, equal_rates
 from sylinit.study.statistics import exponent, interval, paired
-from sylinit.study.train import Recipe, accuracy, area_under, augment, fast_precision, train
+from sylinit.study.train import Recipe, accuracy, area_under, augment, train
 from sylinit.study.vectorised import train_together
 
 
@@ -210,6 +214,74 @@ def test_mixed_precision_is_for_processors_that_compute_in_it(
     assert fast_precision(torch.device("cpu")) == precision
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert fast_precision(torch.device("cpu")) == "float32"
+
+
+LAYERS = {
+    "conv1d": (nn.Conv1d(6, 5, 3), (4, 6, 9)),
+    "conv2d": (nn.Conv2d(6, 5, 3, padding=1, bias=False), (4, 6, 9, 9)),
+    "conv3d": (nn.Conv3d(6, 4, 3, groups=2), (2, 6, 5, 5, 5)),
+    "linear": (nn.Linear(60, 7), (8, 60)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rounded_products_are_those_of_bfloat16_instructions(name: str) -> None:
+    layer, shape = LAYERS[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+
+    def run(layer: nn.Module, x: Tensor, *modes: Any) -> list[Tensor]:
+        """Output and gradients, each of which was rounded to bfloat16."""
+        layer.zero_grad()
+        sample = x.clone().requires_grad_()
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            out = layer(sample)
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=torch.bfloat16).view(out.shape).to(out.dtype))
+        tensors = [out, sample.grad, *(p.grad for p in layer.parameters())]
+        assert all(t.dtype == p.dtype for t, p in zip(tensors[2:], layer.parameters(), strict=True))
+        return [t.detach().bfloat16() for t in tensors]
+
+    # in double precision, so that only the last rounding is left
+    slow = copy.deepcopy(layer).double()
+    for p in slow.parameters():
+        p.data = p.data.bfloat16().double()
+    expected = run(slow, x.bfloat16().double())
+    rounded = run(layer, x, torch.autocast("cpu", torch.bfloat16), RoundedProducts())
+    native = run(layer, x, torch.autocast("cpu", torch.bfloat16))
+    plain = run(layer, x)
+    for a, b, c in zip(expected, rounded, native, strict=True):
+        assert (a == b).float().mean() > 0.99  # but for sums in the middle between two numbers
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+        # PyTorch's emulation rounds parts of a convolution's gradient too; instructions do not
+        torch.testing.assert_close(b, c, rtol=0, atol=0.02 * c.abs().max().item())
+    assert torch.equal(rounded[0], native[0])
+    assert not torch.equal(rounded[0], plain[0])  # operands are rounded, not only results
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_mixed_precision_takes_the_way_that_the_processor_has(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+    seen = []
+    monkeypatch.setattr(RoundedProducts, "__torch_function__", _recorded(RoundedProducts.__torch_function__, seen))
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with autocast(torch.device("cpu"), "bfloat16"):
+        assert layer(x).dtype == torch.bfloat16
+    assert (nn.functional.linear in seen) is not native
+    seen.clear()
+    with autocast(torch.device("cpu"), "float32"):
+        assert layer(x).dtype == torch.float32
+    layer(x)
+    assert not seen
+
+
+def _recorded(method: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
+    def record(self: Any, func: Any, *rest: Any, **named: Any) -> Any:
+        seen.append(func)
+        return method(self, func, *rest, **named)
+
+    return record
 
 
 def test_unknown_precision() -> None:

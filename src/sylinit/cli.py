@@ -263,10 +263,10 @@ def study(
 
     from sylinit.study.figures import save
     from sylinit.study.page import panels, results_file, write_page
+    from sylinit.study.precision import PRECISIONS, fast_precision
     from sylinit.study.presets import PRESETS, part
     from sylinit.study.runner import as_begun, as_run, device, in_precision, read
     from sylinit.study.store import Store
-    from sylinit.study.train import PRECISIONS, fast_precision
 
     if preset == "report":
         with _waiting("drawing"):

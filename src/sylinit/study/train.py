@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,13 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sylinit.errors import SylinitError
+from sylinit.study.precision import autocast
 
 EVALUATE = 100
 """Samples a forward pass when measuring accuracy: few enough to stay in a cache."""
-
-
-PRECISIONS = ("float32", "bfloat16")
-"""Of training steps and measurements."""
 
 
 @dataclass(frozen=True)
@@ -157,21 +153,6 @@ def train(
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy, in float32 at least."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision on `device` where `precision` is ``"bfloat16"``, nothing where it is ``"float32"``."""
-    if precision not in PRECISIONS:
-        raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def fast_precision(device: torch.device) -> str:
-    """``"bfloat16"`` where `device` computes in it, else ``"float32"``: emulated it is far slower than that."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
 @torch.no_grad()

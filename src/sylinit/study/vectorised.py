@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from sylinit.errors import SylinitError
-from sylinit.study.train import Recipe, augment, autocast, batches, cross_entropy
+from sylinit.study.precision import autocast
+from sylinit.study.train import Recipe, augment, batches, cross_entropy
 
 
 def train_together(

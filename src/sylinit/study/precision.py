@@ -1,0 +1,66 @@
+"""The precision that networks are trained and measured in: float32, or mixed with bfloat16 on any processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sylinit.errors import SylinitError
+
+PRECISIONS = ("float32", "bfloat16")
+"""Of training steps and measurements."""
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Mixed precision on `device` where `precision` is ``"bfloat16"``, nothing where it is ``"float32"``.
+
+    On a processor without bfloat16 instructions, convolutions and linear layers go through `RoundedProducts`.
+    """
+    if precision not in PRECISIONS:
+        raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
+    mixed = precision == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        if mixed and device.type == "cpu" and fast_precision(device) != "bfloat16":
+            with RoundedProducts():
+                yield
+        else:
+            yield
+
+
+class RoundedProducts(TorchFunctionMode):
+    """Convolutions and linear layers of numbers rounded to bfloat16, computed in float32.
+
+    A product of two bfloat16 numbers is exact in float32, and instructions for bfloat16 add such products up in float32
+    as well. So outputs and gradients are theirs up to the order of the sums, at the speed of float32, where PyTorch
+    would emulate the instructions some ten times slower.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, on rounded arguments where it multiplies."""
+        kwargs = kwargs or {}
+        if func not in (torch.conv1d, torch.conv2d, torch.conv3d, F.linear):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_rounded, args), **{name: _rounded(value) for name, value in kwargs.items()}).bfloat16()
+
+
+def _rounded(value: Any) -> Any:
+    # the way back rounds the gradient as well: a cast's gradient has the type that the cast began with
+    return value.bfloat16().float() if isinstance(value, Tensor) else value
+
+
+def fast_precision(device: torch.device) -> str:
+    """``"bfloat16"`` where `device` computes in it, else ``"float32"``: emulated it is slower than that."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
