@@ -199,36 +199,26 @@ def test_mixed_precision_rounds_steps_and_measurements_and_not_the_weights() -> 
     assert outcomes[1].after > 0.9
 
 
-@pytest.mark.parametrize(
-    ("able", "precision"),
-    [
-        ({"avx2": True, "avx512_bf16": False}, "float32"),
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
-    ],
-)
-def test_mixed_precision_is_for_processors_that_compute_in_it(
-    able: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert fast_precision(torch.device("cpu")) == precision
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert fast_precision(torch.device("cpu")) == "float32"
+@pytest.mark.parametrize("native", [False, True])
+def test_mixed_precision_is_not_for_gpus_that_emulate_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert fast_precision(torch.device("cuda")) == ("bfloat16" if native else "float32")
+    assert fast_precision(torch.device("cpu")) == "bfloat16"
 
 
-LAYERS = {
-    "conv1d": (nn.Conv1d(6, 5, 3), (4, 6, 9)),
-    "conv2d": (nn.Conv2d(6, 5, 3, padding=1, bias=False), (4, 6, 9, 9)),
-    "conv3d": (nn.Conv3d(6, 4, 3, groups=2), (2, 6, 5, 5, 5)),
-    "linear": (nn.Linear(60, 7), (8, 60)),
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(6, 5, 3), (4, 6, 9)),
+    "conv2d": (lambda: nn.Conv2d(6, 5, 3, padding=1, bias=False), (4, 6, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(6, 4, 3, groups=2), (2, 6, 5, 5, 5)),
+    "linear": (lambda: nn.Linear(60, 7), (8, 60)),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_rounded_products_are_those_of_bfloat16_instructions(name: str) -> None:
-    layer, shape = LAYERS[name]
+    make, shape = LAYERS[name]
     torch.manual_seed(0)
-    x = torch.randn(shape)
+    layer, x = make(), torch.randn(shape)
 
     def run(layer: nn.Module, x: Tensor, *modes: Any) -> list[Tensor]:
         """Output and gradients, each of which was rounded to bfloat16."""
@@ -256,13 +246,26 @@ def test_rounded_products_are_those_of_bfloat16_instructions(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
         # PyTorch's emulation rounds parts of a convolution's gradient too; instructions do not
         torch.testing.assert_close(b, c, rtol=0, atol=0.02 * c.abs().max().item())
-    assert torch.equal(rounded[0], native[0])
+    assert (rounded[0] == native[0]).float().mean() > 0.99
     assert not torch.equal(rounded[0], plain[0])  # operands are rounded, not only results
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_mixed_precision_takes_the_way_that_the_processor_has(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+@pytest.mark.parametrize(
+    ("able", "native"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        (None, False),  # older PyTorch cannot be asked
+    ],
+)
+def test_mixed_precision_takes_the_way_that_the_processor_has(
+    able: dict[str, bool] | None, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     seen = []
     monkeypatch.setattr(RoundedProducts, "__torch_function__", _recorded(RoundedProducts.__torch_function__, seen))
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)

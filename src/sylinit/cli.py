@@ -245,8 +245,8 @@ def study(
     precision: Annotated[
         str,
         typer.Option(
-            help="float32, or bfloat16 for mixed precision; by default what a part was begun in, else bfloat16 where "
-            "this machine computes in it."
+            help="float32, or bfloat16 for mixed precision; by default what a part was begun in, else bfloat16 unless "
+            "the GPU lacks it."
         ),
     ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to run and stop.")] = False,
@@ -306,7 +306,7 @@ def study(
     if used:
         slow = "bfloat16" in used and fast != "bfloat16"
         console.print(
-            f"Trained in {' and '.join(used)}.{' This machine must emulate bfloat16, which is slow.' if slow else ''}"
+            f"Trained in {' and '.join(used)}.{' This GPU must emulate bfloat16, which is slow.' if slow else ''}"
         )
     if dry_run:
         _announce(plan, store)

@@ -27,7 +27,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
     mixed = precision == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        if mixed and device.type == "cpu" and fast_precision(device) != "bfloat16":
+        if mixed and device.type == "cpu" and not _has_instructions():
             with RoundedProducts():
                 yield
         else:
@@ -58,9 +58,12 @@ def _rounded(value: Any) -> Any:
     return value.bfloat16().float() if isinstance(value, Tensor) else value
 
 
-def fast_precision(device: torch.device) -> str:
-    """``"bfloat16"`` where `device` computes in it, else ``"float32"``: emulated it is slower than that."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+def _has_instructions() -> bool:
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def fast_precision(device: torch.device) -> str:
+    """``"bfloat16"``, but ``"float32"`` on a GPU that would have to emulate it, which is slower than that."""
+    slow = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float32" if slow else "bfloat16"
