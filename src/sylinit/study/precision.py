@@ -38,8 +38,8 @@ class RoundedProducts(TorchFunctionMode):
     """Convolutions and linear layers of numbers rounded to bfloat16, computed in float32.
 
     A product of two bfloat16 numbers is exact in float32, and instructions for bfloat16 add such products up in float32
-    as well. So outputs and gradients are theirs up to the order of the sums, at the speed of float32, where PyTorch
-    would emulate the instructions some ten times slower.
+    as well. So outputs and gradients are theirs up to the order of the sums, at the speed of float32; PyTorch's own
+    emulation is far slower.
     """
 
     def __torch_function__(
