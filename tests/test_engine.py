@@ -356,6 +356,22 @@ def test_a_layer_tied_to_a_parameter_of_the_model_itself_is_left_alone():
     assert torch.equal(model.table, before)
 
 
+def test_an_integer_parameter_of_the_model_itself_is_no_quantised_layer():
+    class Ordered(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+            self.order = nn.Parameter(torch.arange(12).flip(0), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x[:, self.order])
+
+    model = Ordered()
+    report = sylinit.initialize_(model, [vectors()])
+    assert [layer.name for layer in report.initialised] == ["0", "2"]
+    assert report["(the model itself)"].action == "left alone"
+    assert torch.equal(model.order, torch.arange(12).flip(0))
+
+
 def test_a_head_that_is_tied_to_an_embedding_is_left_alone():
     class Language(nn.Module):
         def __init__(self):
