@@ -27,7 +27,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
     mixed = precision == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        if mixed and device.type == "cpu" and not _has_instructions():
+        if mixed and device.type == "cpu" and not has_instructions():
             with RoundedProducts():
                 yield
         else:
@@ -58,7 +58,8 @@ def _rounded(value: Any) -> Any:
     return value.bfloat16().float() if isinstance(value, Tensor) else value
 
 
-def _has_instructions() -> bool:
+def has_instructions() -> bool:
+    """Whether the processor computes in bfloat16."""
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 

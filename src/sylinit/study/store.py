@@ -14,6 +14,7 @@ import torch
 
 import sylinit
 from sylinit.study.experiment import Experiment
+from sylinit.study.precision import has_instructions
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ _environment: dict[str, Any] = {}
 
 
 def environment() -> dict[str, Any]:
-    """What a result was made with: versions, commit (where the package lies in a checkout) and kind of device."""
+    """What a result was made with: versions, commit (where the package lies in a checkout) and kind of device.
+
+    ``bfloat16`` says whether mixed precision is that of instructions or of `RoundedProducts`.
+    """
     if not _environment:
         here = Path(__file__).parent
         try:
@@ -89,5 +93,6 @@ def environment() -> dict[str, Any]:
             python=platform.python_version(),
             device=torch.cuda.get_device_name() if cuda else platform.machine(),
             cores=os.cpu_count(),
+            bfloat16="native" if cuda or has_instructions() else "rounded",
         )
     return _environment
