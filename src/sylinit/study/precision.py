@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +21,14 @@ PRECISIONS = ("float32", "bfloat16")
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Mixed precision on `device` where `precision` is ``"bfloat16"``, nothing where it is ``"float32"``.
 
-    On a processor without bfloat16 instructions, convolutions and linear layers go through `RoundedProducts`.
+    Where `rounds` says so, convolutions and linear layers go through `RoundedProducts`.
     """
     if precision not in PRECISIONS:
         raise SylinitError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
     mixed = precision == "bfloat16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        if mixed and device.type == "cpu" and not has_instructions():
-            with RoundedProducts():
-                yield
-        else:
-            yield
+    products = RoundedProducts() if mixed and rounds(device) else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed), products:
+        yield
 
 
 class RoundedProducts(TorchFunctionMode):
@@ -58,10 +55,10 @@ def _rounded(value: Any) -> Any:
     return value.bfloat16().float() if isinstance(value, Tensor) else value
 
 
-def has_instructions() -> bool:
-    """Whether the processor computes in bfloat16."""
+def rounds(device: torch.device) -> bool:
+    """Whether mixed precision on `device` is `RoundedProducts`: on a processor without bfloat16 instructions."""
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device.type == "cpu" and not (able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def fast_precision(device: torch.device) -> str:

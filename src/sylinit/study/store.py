@@ -14,7 +14,7 @@ import torch
 
 import sylinit
 from sylinit.study.experiment import Experiment
-from sylinit.study.precision import has_instructions
+from sylinit.study.precision import rounds
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ def environment() -> dict[str, Any]:
             python=platform.python_version(),
             device=torch.cuda.get_device_name() if cuda else platform.machine(),
             cores=os.cpu_count(),
-            bfloat16="native" if cuda or has_instructions() else "rounded",
+            bfloat16="rounded" if rounds(torch.device("cuda" if cuda else "cpu")) else "native",
         )
     return _environment
