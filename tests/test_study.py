@@ -207,10 +207,11 @@ def test_mixed_precision_is_not_for_gpus_that_emulate_it(native: bool, monkeypat
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "conv1d": (lambda: nn.Conv1d(6, 5, 3), (4, 6, 9)),
-    "conv2d": (lambda: nn.Conv2d(6, 5, 3, padding=1, bias=False), (4, 6, 9, 9)),
-    "conv3d": (lambda: nn.Conv3d(6, 4, 3, groups=2), (2, 6, 5, 5, 5)),
-    "linear": (lambda: nn.Linear(60, 7), (8, 60)),
+    # at least 128 numbers in every tensor, of which one may be a tie
+    "conv1d": (lambda: nn.Conv1d(6, 128, 3), (16, 6, 9)),
+    "conv2d": (lambda: nn.Conv2d(6, 16, 3, padding=1, bias=False), (4, 6, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(6, 128, 3, groups=2), (2, 6, 5, 5, 5)),
+    "linear": (lambda: nn.Linear(60, 128), (32, 60)),
 }
 
 
