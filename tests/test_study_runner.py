@@ -22,7 +22,8 @@ from sylinit.study import runner
 from sylinit.study.data import load
 from sylinit.study.experiment import Experiment
 from sylinit.study.forecast import counted, forecast
-from sylinit.study.page import panels, recorded, write_page
+from sylinit.study.page import recorded, write_page
+from sylinit.study.panels import panels
 from sylinit.study.pool import pool
 from sylinit.study.presets import PRESETS, part
 from sylinit.study.runner import (
@@ -46,7 +47,11 @@ TINY = Experiment("digits", "mlp", "he-normal", shots=2, epochs=2, setting=(("po
 
 
 def record(experiment: Experiment, after: float) -> Record:
-    return Record(experiment, {"after": after, "before": 0.1, "area": 0.2, "diverged": False}, {})
+    result = {
+        "after": after, "before": 0.1, "area": 0.2, "diverged": False, "curve": [[0.0, 0.1], [10.0, after]],
+        "init_seconds": 1.0, "total_seconds": 9.0,
+    }  # fmt: skip
+    return Record(experiment, result, {})
 
 
 def test_experiments_survive_json() -> None:
@@ -368,11 +373,13 @@ def test_gaps_are_paired_over_the_seeds_that_both_have() -> None:
     assert "other seeds" in verdict([ours, row("lsuv", {7: 0.1})])
 
 
-def test_how_soon_a_start_reaches_where_the_best_other_ends() -> None:
+def race_of_three(shots: int) -> list[Record]:
+    """Runs of three starts over four epochs: sylinit passes the end of LSUV, the better of the others, on the way."""
+
     def arm(start: str, *curves: list[float], init: float = 1.0) -> list[Record]:
         return [
             Record(
-                replace(TINY, start=start, seed=seed, lr=0.1, epochs=4),
+                replace(TINY, start=start, seed=seed, lr=0.1, epochs=4, shots=shots),
                 {
                     "before": curve[0], "after": curve[-1], "area": 0.0, "diverged": False, "init_seconds": init,
                     "total_seconds": init + 8.0, "curve": [[2.0 * i, value] for i, value in enumerate(curve)],
@@ -382,11 +389,15 @@ def test_how_soon_a_start_reaches_where_the_best_other_ends() -> None:
             for seed, curve in enumerate(curves)
         ]  # fmt: skip
 
-    records = [
+    return [
         *arm("sylinit", [0.2, 0.4, 0.8], [0.4, 0.6, 0.8], init=2.0),
         *arm("lsuv", [0.1, 0.3, 0.6], [0.1, 0.3, 0.6]),
         *arm("he-normal", [0.1, 0.2, 0.3], [0.1, 0.2, 0.5]),
     ]
+
+
+def test_how_soon_a_start_reaches_where_the_best_other_ends() -> None:
+    records = race_of_three(10)
     scratch = PRESETS["scratch"]
     plan = Plan(tuple(dict.fromkeys(each.experiment.method for each in records)), grid=(0.1,))
     (panel,) = panels(scratch, runner.Study(plan, tuple(records), {}))
@@ -400,6 +411,40 @@ def test_how_soon_a_start_reaches_where_the_best_other_ends() -> None:
     assert epochs_to(mine, 0.25) == 0.0
     alone = runner.Study(plan, tuple(records[:2]), {})
     assert not [grid for panel in panels(scratch, alone) for grid in panel.tables if grid.caption.startswith("epochs")]
+
+
+def test_a_sweep_says_how_soon_each_start_is_there_and_what_part_of_the_time_it_takes() -> None:
+    records = [*race_of_three(5), *race_of_three(20)[:4]]  # no he-normal with 20
+    plan = Plan(tuple(dict.fromkeys(each.experiment.method for each in records)), grid=(0.1,))
+    (panel,) = panels(PRESETS["fewshot"], runner.Study(plan, tuple(records), {}))
+    epochs, seconds = panel.tables[-2:]
+    assert epochs.caption.startswith("epochs until")
+    assert epochs.cells == (
+        ("", "lsuv, 60.0 %", "lsuv, 60.0 %"),
+        ("sylinit", "2.7", "2.7"),
+        ("lsuv", "4.0", "4.0"),
+        ("he-normal", "never", ""),
+    )
+    assert seconds.caption.startswith("seconds of the start")
+    assert seconds.cells == (
+        ("sylinit", "2 of 10", "2 of 10"),
+        ("lsuv", "1 of 9", "1 of 9"),
+        ("he-normal", "1 of 9", ""),
+    )
+
+
+def test_a_sweep_of_sylinit_alone_says_how_far_each_place_is_below_the_best() -> None:
+    ends = {0.1: (0.2, 0.4), 1.0: (0.5, 0.5), 10.0: (0.4, 0.4)}
+    records = [
+        record(replace(TINY, start="sylinit", options=(("encoding_weight", place),), lr=0.1, seed=seed), value)
+        for place, values in ends.items()
+        for seed, value in enumerate(values)
+    ]
+    plan = Plan(tuple({each.experiment.method for each in records}), grid=(0.1,))
+    (panel,) = panels(PRESETS["lambda"], runner.Study(plan, tuple(records), {}))
+    (fall,) = [grid for grid in panel.tables if "less each other" in grid.caption and "after" in grid.caption]
+    assert fall.caption.startswith("encoding_weight 1 less each other")
+    assert fall.cells == (("sylinit", "+20.0 ± 127.1", "", "+10.0 ± 0.0"),)
 
 
 def test_others_are_compared_with_plain_sylinit_or_its_first_variant() -> None:
@@ -434,7 +479,7 @@ def test_panels_name_starts_at_an_edge_of_the_grid_and_lost_runs() -> None:
     def lost(start: str, shots: int, seed: int) -> Record:
         made = record(replace(TINY, start=start, shots=shots, seed=seed, lr=0.1), 0.3)
         diverged = (start, shots, seed) == ("lsuv", 20, 1)
-        return replace(made, result={**made.result, "curve": [[0.0, 0.1], [10.0, 0.3]], "diverged": diverged})
+        return replace(made, result={**made.result, "diverged": diverged})
 
     records = tuple(lost(start, shots, seed) for start in ("sylinit", "lsuv") for shots in (5, 20) for seed in (0, 1))
     plan = Plan(tuple({record.experiment.method for record in records}), grid=(0.1, 0.3))
@@ -468,7 +513,7 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
         return {
             "before": 0.1, "after": 0.5 + 0.01 * experiment.seed, "area": 0.4, "diverged": False,
             "curve": [[0, 0.1], [2, 0.5]], "init_seconds": size**2, "total_seconds": 9.0,
-            "forward_passes": size, "extra_bytes": 10**6,
+            "forward_passes": size, "extra_bytes": 10**6 * size,
         }  # fmt: skip
 
     for task in list(runner.TASKS):
@@ -487,7 +532,8 @@ def test_panels_and_page_of_every_preset(tmp_path: Path, monkeypatch: pytest.Mon
         assert read(plan, store).records == study.records
         if preset.name == "time":
             powers = {table.caption: table.cells[0] for table in tables if table.header[0] == "power"}
-            assert powers["seconds grow as a power of depth"][:3] == ("sylinit", "2.00", "2.00")
+            assert powers["seconds grow as a power of depth"] == ("sylinit", "2.00", "2.00", "1")
+            assert powers["memory grows as a power of depth"] == ("sylinit", "1.00", "1.00", "0 to 1")
     text = write_page(tmp_path).read_text()
     assert text.count("<h2") == len(PRESETS)
     assert "data:image/svg+xml;base64," in text
@@ -500,11 +546,7 @@ def test_figures_of_a_part_have_the_names_they_have_in_the_whole() -> None:
     names = []
     for chosen in ({}, {"--models": ("model", ["cnn"])}):
         plan = part(preset.plan(False), chosen)
-        records = tuple(
-            Record(replace(arm, seed=seed), {"before": 0.1, "after": 0.5, "area": 0.4, "diverged": False}, {})
-            for arm in plan.arms
-            for seed in plan.seeds
-        )
+        records = tuple(record(replace(arm, seed=seed), 0.5) for arm in plan.arms for seed in plan.seeds)
         names.append([panel.name for panel in panels(preset, Study(plan, records, {}))])
     whole, cnn = names
     assert cnn == [name for name in whole if "cnn" in name]

@@ -262,7 +262,8 @@ def study(
     from dataclasses import replace
 
     from sylinit.study.figures import save
-    from sylinit.study.page import panels, results_file, write_page
+    from sylinit.study.page import results_file, write_page
+    from sylinit.study.panels import panels
     from sylinit.study.precision import PRECISIONS, fast_precision
     from sylinit.study.presets import PRESETS, part
     from sylinit.study.runner import as_begun, as_run, device, in_precision, read

@@ -88,6 +88,11 @@ def mean_curve(row: Row) -> list[tuple[float, Interval]]:
     return [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
 
 
+def final_level(row: Row) -> float:
+    """Where the mean curve ends."""
+    return mean_curve(row)[-1][1].mean
+
+
 def epochs_to(row: Row, level: float) -> float | None:
     """Epochs until the mean curve, straight between its points, first reaches `level`; None if it never does."""
     curve = [(epoch, accuracy.mean) for epoch, accuracy in mean_curve(row)]
@@ -97,6 +102,41 @@ def epochs_to(row: Row, level: float) -> float | None:
         if high >= level:
             return start + (end - start) * (level - low) / (high - low)
     return None
+
+
+@dataclass(frozen=True)
+class Race:
+    """How soon a start reaches an accuracy.
+
+    Attributes:
+        epochs: until the mean curve is there; None if it never is.
+        seconds: until then, those of the start included.
+        start: seconds of the start alone.
+        whole: seconds in all.
+    """
+
+    epochs: float | None
+    seconds: float | None
+    start: float
+    whole: float
+
+
+def race(rows: Sequence[Row]) -> tuple[Row, dict[str, Race]] | None:
+    """The best of the other starts, and how soon each start reaches where it ends.
+
+    None without sylinit, without others or without training.
+    """
+    others = [row for row in rows if not row.label.startswith("sylinit")]
+    if not others or ours(rows) is None or not others[0].method.epochs:
+        return None
+    best = ranked(others)[0]
+    found = {}
+    for row in ranked(rows):
+        needed = epochs_to(row, final_level(best))
+        start, whole = row.interval("init_seconds").mean, row.interval("total_seconds").mean
+        spent = None if needed is None else start + (whole - start) * needed / row.method.epochs
+        found[row.label] = Race(needed, spent, start, whole)
+    return best, found
 
 
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
