@@ -420,7 +420,7 @@ def test_a_sweep_says_how_soon_each_start_is_there_and_what_part_of_the_time_it_
     epochs, seconds = panel.tables[-2:]
     assert epochs.caption.startswith("epochs until")
     assert epochs.cells == (
-        ("", "lsuv, 60.0 %", "lsuv, 60.0 %"),
+        ("to reach", "lsuv, 60.0 %", "lsuv, 60.0 %"),
         ("sylinit", "2.7", "2.7"),
         ("lsuv", "4.0", "4.0"),
         ("he-normal", "never", ""),

@@ -130,7 +130,8 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
         )
         for label, each in found.items()
     ]
-    caption = f"epochs of {best.method.epochs} until the mean curve reaches {100 * final_level(best):.1f} %, where {best.label} ends"
+    level = f"{100 * final_level(best):.1f} %"
+    caption = f"epochs of {best.method.epochs} until the mean curve reaches {level}, where {best.label} ends"
     header = ("start", "epochs", "seconds, start included", "seconds of the start", "seconds in all")
     return (Grid(caption, header, tuple(cells)),)
 
