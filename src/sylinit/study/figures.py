@@ -100,7 +100,8 @@ def lines(
         if scale == 100.0:  # an interval may reach beyond what an accuracy can be
             low, high = [max(0.0, v) for v in low], [min(100.0, v) for v in high]
         if min(value.n for _, value in points) > 2:
-            axes.fill_between(x, low, high, color=looks[label]["color"], alpha=0.12, linewidth=0)
+            alpha = 0.12 if len(series) < 6 or "linewidth" in looks[label] else 0.05  # many bands would make mud
+            axes.fill_between(x, low, high, color=looks[label]["color"], alpha=alpha, linewidth=0)
         ends.append((y[-1], x[-1], label))
     if log:
         axes.set_xscale("log")
