@@ -20,9 +20,9 @@ from sylinit.study.store import Store
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem }
-th, td { padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid #ddd }
+th, td { padding: 0.2rem 0.8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd }
 caption { text-align: left; font-weight: 600; white-space: nowrap; padding: 0.3rem 0 }
-th:first-child, td:first-child { text-align: left; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
 tr.ours { font-weight: 600 } img { max-width: 100%; height: auto } .wide { overflow-x: auto }
 h2 { margin-top: 3rem; border-top: 2px solid #222; padding-top: 1rem } .small { color: #666; font-size: 0.85rem }
 """
