@@ -445,6 +445,9 @@ def test_a_sweep_of_sylinit_alone_says_how_far_each_place_is_below_the_best() ->
     (fall,) = [grid for grid in panel.tables if "less each other" in grid.caption and "after" in grid.caption]
     assert fall.caption.startswith("encoding_weight 1 less each other")
     assert fall.cells == (("sylinit", "+20.0 ± 127.1", "", "+10.0 ± 0.0"),)
+    shots = tuple(record(replace(TINY, start="sylinit", shots=n, lr=0.1), 0.01 * n) for n in (5, 20))
+    (panel,) = panels(PRESETS["fewshot"], runner.Study(plan, shots, {}))
+    assert not [grid for grid in panel.tables if "less each other" in grid.caption]  # these are tasks, not choices
 
 
 def test_others_are_compared_with_plain_sylinit_or_its_first_variant() -> None:

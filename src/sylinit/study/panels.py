@@ -193,10 +193,10 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
             tables.append(_exponents(drawn, metric, axis))
         if SCALES.get(metric) == 100.0:
             own = ours(group)
-            if len(series) == 1:
-                tables.append(_falls(next(iter(series.items())), metric, xlabel))
-            elif own is not None:
+            if len(series) > 1 and own is not None:
                 tables.append(_gaps(own.label, series, metric, xlabel, places))
+            elif len(series) == 1 and axis != "shots":  # other numbers of examples are other tasks
+                tables.append(_falls(next(iter(series.items())), metric, xlabel))
     tables += _speeds(series, xlabel, places)
     return Panel(title, name, tuple(figures), tuple(tables), _warnings(series, xlabel))
 
