@@ -420,7 +420,8 @@ def test_a_sweep_says_how_soon_each_start_is_there_and_what_part_of_the_time_it_
     epochs, seconds = panel.tables[-2:]
     assert epochs.caption.startswith("epochs until")
     assert epochs.cells == (
-        ("to reach", "lsuv, 60.0 %", "lsuv, 60.0 %"),
+        ("best other", "lsuv", "lsuv"),
+        ("its end (%)", "60.0", "60.0"),
         ("sylinit", "2.7", "2.7"),
         ("lsuv", "4.0", "4.0"),
         ("he-normal", "never", ""),

@@ -149,16 +149,14 @@ def _speeds(series: Mapping[str, Mapping[float, Row]], xlabel: str, places: Sequ
             for label in series
         )
 
-    aims = (
-        "to reach",
-        *(f"{raced[0].label}, {100 * final_level(raced[0]):.1f} %" if (raced := races[p]) else "" for p in places),
-    )
+    best = ("best other", *(raced[0].label if (raced := races[p]) else "" for p in places))
+    level = ("its end (%)", *(f"{100 * final_level(raced[0]):.1f}" if (raced := races[p]) else "" for p in places))
     reached = cells(lambda each: "never" if each.epochs is None else f"{each.epochs:.1f}")
     spent = cells(
         lambda each: f"{each.start:.2g} of {each.whole:.3g}" if each.start >= 0.01 else f"0 of {each.whole:.3g}"
     )
     return (
-        Grid("epochs until the mean curve reaches where the best other start ends", header, (aims, *reached)),
+        Grid("epochs until the mean curve reaches where the best other start ends", header, (best, level, *reached)),
         Grid("seconds of the start, of those in all, on the machines that the runs were made on", header, spent),
     )
 
