@@ -18,7 +18,7 @@ from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, r
 from sylinit.study.store import Store
 
 CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem }
 th, td { padding: 0.2rem 0.8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd }
 caption { text-align: left; font-weight: 600; white-space: nowrap; padding: 0.3rem 0 }
