@@ -112,9 +112,8 @@ def codes(quick: bool) -> Plan:
     from sylinit import CODES
 
     shares = ("mixed:0.25",) if quick else tuple(f"mixed:{share:g}" for share in (0, 0.125, 0.25, 0.5, 0.75, 1))
-    names = (
-        ("pca", "label") if quick else sorted(CODES, key=lambda code: code != "mixed")
-    )  # figures draw the first bold
+    default_first = sorted(CODES, key=lambda code: code != "mixed")  # figures draw it bold
+    names = ("pca", "label") if quick else default_first
     return _sweep(quick, [(("code", code),) for code in (*names, *shares)])
 
 
