@@ -120,8 +120,8 @@ def test_the_tables_of_few_labels_are_the_results_and_mark_the_edges_of_the_grid
                 for count, cell in zip(shots, cells, strict=True):
                     raced = race([row for key, row in made.items() if key[:3] == (*task, count)])
                     assert raced is not None
-                    epochs = raced[1]["sylinit"].epochs
-                    expected = "never" if epochs is None else f"{epochs:.1f} of {raced[0].method.epochs}"
+                    epochs = raced.paces["sylinit"].epochs
+                    expected = "never" if epochs is None else f"{epochs:.1f} of {raced.best.method.epochs}"
                     assert cell == expected, f"{task}, {count} a class, {name}: {cell} instead of {expected}"
             if not name.startswith("`"):  # a gap, which the test above looks at, or epochs
                 continue

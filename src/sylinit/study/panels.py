@@ -13,7 +13,7 @@ from sylinit.study.figures import SCALES, TITLES, before_and_after, learning_cur
 from sylinit.study.presets import Preset
 from sylinit.study.runner import Study
 from sylinit.study.statistics import Interval, exponent
-from sylinit.study.summary import Race, Row, final_level, gap, ours, race, ranked, rows, verdict
+from sylinit.study.summary import Pace, Row, gap, ours, race, ranked, rows, verdict
 
 DERIVED = {
     "init_seconds": {
@@ -90,17 +90,13 @@ def _flat(preset: Preset, group: list[Row], title: str, name: str) -> Panel:
     shown = [metric for metric in ("before", "after", "area") if group[0].values(metric)]
     own = ours(group) or ranked(group)[0]
 
-    def above(row: Row) -> str:
-        found = gap(own, row) if row is not own else None
-        return "" if found is None else found.percent(sign=True)
-
     cells = [
         (
             row.label,
             f"{row.lr:g}",
             str(len(row.records)),
             *(row.interval(metric).percent() for metric in shown),
-            above(row),
+            "" if row is own else _signed(gap(own, row)),
         )
         for row in ranked(group)
     ]
@@ -119,18 +115,17 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
     raced = race(group)
     if raced is None:
         return ()
-    best, found = raced
     cells = [
         (
             label,
-            "never" if each.epochs is None else f"{each.epochs:.1f}",
+            _epochs(each),
             "" if each.seconds is None else f"{each.seconds:.1f}",
             f"{each.start:.2f}",
             f"{each.whole:.1f}",
         )
-        for label, each in found.items()
+        for label, each in raced.paces.items()
     ]
-    level = f"{100 * final_level(best):.1f} %"
+    best, level = raced.best, f"{100 * raced.level:.1f} %"
     caption = f"epochs of {best.method.epochs} until the mean curve reaches {level}, where {best.label} ends"
     header = ("start", "epochs", "seconds, start included", "seconds of the start", "seconds in all")
     return (Grid(caption, header, tuple(cells)),)
@@ -143,22 +138,26 @@ def _speeds(series: Mapping[str, Mapping[float, Row]], xlabel: str, places: Sequ
         return ()
     header = (xlabel, *(f"{place:g}" for place in places))
 
-    def cells(shown: Callable[[Race], str]) -> tuple[tuple[str, ...], ...]:
-        return tuple(
-            (label, *(shown(raced[1][label]) if (raced := races[p]) and label in raced[1] else "" for p in places))
+    def cells(shown: Callable[[Pace], str]) -> list[tuple[str, ...]]:
+        return [
+            (label, *(shown(r.paces[label]) if (r := races[p]) and label in r.paces else "" for p in places))
             for label in series
-        )
+        ]
 
-    best = ("best other", *(raced[0].label if (raced := races[p]) else "" for p in places))
-    level = ("its end (%)", *(f"{100 * final_level(raced[0]):.1f}" if (raced := races[p]) else "" for p in places))
-    reached = cells(lambda each: "never" if each.epochs is None else f"{each.epochs:.1f}")
+    best = ("best other", *(r.best.label if (r := races[p]) else "" for p in places))
+    level = ("its end (%)", *(f"{100 * r.level:.1f}" if (r := races[p]) else "" for p in places))
     spent = cells(
         lambda each: f"{each.start:.2g} of {each.whole:.3g}" if each.start >= 0.01 else f"0 of {each.whole:.3g}"
     )
+    caption = "epochs until the mean curve reaches where the best other start ends"
     return (
-        Grid("epochs until the mean curve reaches where the best other start ends", header, (best, level, *reached)),
-        Grid("seconds of the start, of those in all, on the machines that the runs were made on", header, spent),
+        Grid(caption, header, (best, level, *cells(_epochs))),
+        Grid("seconds of the start, of those in all, on the machines that the runs were made on", header, tuple(spent)),
     )
+
+
+def _epochs(pace: Pace) -> str:
+    return "never" if pace.epochs is None else f"{pace.epochs:.1f}"
 
 
 def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -> Panel:
@@ -173,7 +172,7 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
     xlabel = {"shots": "labelled examples a class", "lr": "peak learning rate"}.get(axis, axis)
     if len(places) == 1 and group[0].values("after"):
         return _flat(preset, group, f"{title}, {xlabel}: {places[0]:g}", f"{name}-{places[0]:g}")
-    figures, tables = [], []
+    figures, tables, own = [], [], ours(group)
     for metric in preset.metrics:
         drawn: dict[str, list[tuple[float, Interval]]] = {
             label: [(value, points[value].interval(metric)) for value in sorted(points) if points[value].values(metric)]
@@ -190,11 +189,10 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
         if metric in DERIVED:
             tables.append(_exponents(drawn, metric, axis))
         if SCALES.get(metric) == 100.0:
-            own = ours(group)
             if len(series) > 1 and own is not None:
                 tables.append(_gaps(own.label, series, metric, xlabel, places))
             elif len(series) == 1 and axis != "shots":  # other numbers of examples are other tasks
-                tables.append(_falls(next(iter(series.items())), metric, xlabel))
+                tables.append(_falls(*next(iter(series.items())), metric, xlabel))
     tables += _speeds(series, xlabel, places)
     return Panel(title, name, tuple(figures), tuple(tables), _warnings(series, xlabel))
 
@@ -225,7 +223,7 @@ def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], metric: s
     for label, points in series.items():
         fits = []
         for part in (points, points[-3:]):
-            known = [(x, value.mean) for x, value in part if value.mean > 0]
+            known = [(x, value.mean) for x, value in part if value.mean > 0]  # memory may be too little to see
             fit = exponent(*zip(*known, strict=True)) if len(known) > 1 else None
             fits.append(
                 "" if fit is None else f"{fit.power:.2f}" + ("" if math.isnan(fit.half) else f" ± {fit.half:.2f}")
@@ -235,15 +233,12 @@ def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], metric: s
     return Grid(f"{what} as a power of {axis}", ("power", "all sizes", "largest three", "by count"), tuple(cells))
 
 
-def _falls(only: tuple[str, Mapping[float, Row]], metric: str, xlabel: str) -> Grid:
+def _falls(label: str, points: Mapping[float, Row], metric: str, xlabel: str) -> Grid:
     """How far one start is, at each place of an axis, below the place where its mean is highest."""
-    label, points = only
     known = {place: points[place] for place in sorted(points) if points[place].values(metric)}
     top, best = max(known.items(), key=lambda item: item[1].interval(metric).mean)
-    found = [None if row is best else gap(best, row, metric) for row in known.values()]
-    cells = (label, *("" if each is None else each.percent(sign=True) for each in found))
-    caption = f"{xlabel} {top:g} less each other: points of {TITLES[metric].removesuffix(' (%)')}, paired by seed"
-    return Grid(caption, (xlabel, *(f"{place:g}" for place in known)), (cells,))
+    cells = (label, *("" if row is best else _signed(gap(best, row, metric)) for row in known.values()))
+    return Grid(_less_each_other(f"{xlabel} {top:g}", metric), (xlabel, *(f"{place:g}" for place in known)), (cells,))
 
 
 def _gaps(
@@ -254,9 +249,16 @@ def _gaps(
     for label, points in series.items():
         if label != own:
             found = [gap(mine[p], points[p], metric) if p in mine and p in points else None for p in places]
-            cells.append((label, *("" if each is None else each.percent(sign=True) for each in found)))
-    caption = f"{own} less each other: points of {TITLES[metric].removesuffix(' (%)')}, paired by seed"
-    return Grid(caption, (xlabel, *(f"{place:g}" for place in places)), tuple(cells))
+            cells.append((label, *map(_signed, found)))
+    return Grid(_less_each_other(own, metric), (xlabel, *(f"{place:g}" for place in places)), tuple(cells))
+
+
+def _less_each_other(own: str, metric: str) -> str:
+    return f"{own} less each other: points of {TITLES[metric].removesuffix(' (%)')}, paired by seed"
+
+
+def _signed(value: Interval | None) -> str:
+    return "" if value is None else value.percent(sign=True)
 
 
 def _number(value: Interval | None, metric: str) -> str:

@@ -88,11 +88,6 @@ def mean_curve(row: Row) -> list[tuple[float, Interval]]:
     return [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
 
 
-def final_level(row: Row) -> float:
-    """Where the mean curve ends."""
-    return mean_curve(row)[-1][1].mean
-
-
 def epochs_to(row: Row, level: float) -> float | None:
     """Epochs until the mean curve, straight between its points, first reaches `level`; None if it never does."""
     curve = [(epoch, accuracy.mean) for epoch, accuracy in mean_curve(row)]
@@ -105,7 +100,7 @@ def epochs_to(row: Row, level: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Race:
+class Pace:
     """How soon a start reaches an accuracy.
 
     Attributes:
@@ -121,22 +116,35 @@ class Race:
     whole: float
 
 
-def race(rows: Sequence[Row]) -> tuple[Row, dict[str, Race]] | None:
-    """The best of the other starts, and how soon each start reaches where it ends.
+@dataclass(frozen=True)
+class Race:
+    """How soon each start reaches where the best of the other starts ends.
 
-    None without sylinit, without others or without training.
+    Attributes:
+        best: that other start.
+        level: where its mean curve ends.
+        paces: of every start, by its label, best first.
     """
+
+    best: Row
+    level: float
+    paces: dict[str, Pace]
+
+
+def race(rows: Sequence[Row]) -> Race | None:
+    """The race of these starts; None without sylinit, without others or without training."""
     others = [row for row in rows if not row.label.startswith("sylinit")]
     if not others or ours(rows) is None or not others[0].method.epochs:
         return None
     best = ranked(others)[0]
-    found = {}
+    level = mean_curve(best)[-1][1].mean
+    paces = {}
     for row in ranked(rows):
-        needed = epochs_to(row, final_level(best))
+        needed = epochs_to(row, level)
         start, whole = row.interval("init_seconds").mean, row.interval("total_seconds").mean
         spent = None if needed is None else start + (whole - start) * needed / row.method.epochs
-        found[row.label] = Race(needed, spent, start, whole)
-    return best, found
+        paces[row.label] = Pace(needed, spent, start, whole)
+    return Race(best, level, paces)
 
 
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
