@@ -24,9 +24,11 @@ from unittest import mock
 from torch import Tensor
 
 from harness import before_and_after
-from sylinit import calibrate, engine, layer, plan
-from sylinit.moments import Covariance
-from sylinit.routes import Problem
+from sylinit import initialize as engine
+from sylinit import layer, plan
+from sylinit import scaling as calibrate
+from sylinit.solve import Problem
+from sylinit.statistics.moments import Covariance
 from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.pool import cores, pool

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from harness import before_and_after
 from sylinit import initialize_
-from sylinit.codes import LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, Code, LinearCode, mixed
+from sylinit.codes.registry import LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, Code, LinearCode, mixed
 from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.finetune import features, layer_names

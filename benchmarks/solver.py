@@ -27,16 +27,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import sylinit
-from sylinit.codes import CODES
-from sylinit.engine import ENCODING_WEIGHT
-from sylinit.moments import Covariance, Moments
-from sylinit.projected import TOLERANCE
-from sylinit.routes import Problem, fit_exact, fit_projected
+from sylinit.codes.registry import CODES
+from sylinit.initialize import ENCODING_WEIGHT
+from sylinit.layers.views import views_of
+from sylinit.linalg.projected import TOLERANCE
+from sylinit.solve import Problem, fit_exact, fit_projected
+from sylinit.statistics.moments import Covariance, Moments
 from sylinit.study.data import few_shot, load
 from sylinit.study.figures import OTHERS, OURS, save
 from sylinit.study.store import environment
 from sylinit.study.train import accuracy
-from sylinit.views import views_of
 
 RESULTS = Path(__file__).parent / "results"
 SHOTS = 50
