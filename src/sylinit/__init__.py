@@ -11,19 +11,24 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
-from sylinit.codes.registry import CODES, Code, LinearCode, mixed, register_code
+from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
+from sylinit.config import Config
 from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.initialize import initialize_
+from sylinit.layers.registry import register_layer
+from sylinit.layers.view import LayerView
 from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CODES",
     "Code",
+    "Config",
     "LayerReport",
+    "LayerView",
     "LinearCode",
     "ProcessFailedError",
     "Report",
@@ -34,6 +39,7 @@ __all__ = [
     "initialize_",
     "mixed",
     "register_code",
+    "register_layer",
     "solve_sylvester",
     "sylvester_",
 ]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Action = Literal["initialised", "recalibrated", "left alone"]
+Action = Literal["initialized", "recalibrated", "left alone"]
 
 ROOT = "(the model itself)"
 """The name of a module that is the whole model."""
@@ -76,9 +76,9 @@ class Report:
     offloaded_total: int = 0
 
     @property
-    def initialised(self) -> tuple[LayerReport, ...]:
+    def initialized(self) -> tuple[LayerReport, ...]:
         """The layers whose weights were computed."""
-        return tuple(layer for layer in self.layers if layer.action == "initialised")
+        return tuple(layer for layer in self.layers if layer.action == "initialized")
 
     @property
     def left_alone(self) -> tuple[LayerReport, ...]:
@@ -108,11 +108,11 @@ class Report:
             "dead",
             "seconds",
         )
-        done = [layer for layer in self.layers if layer.action == "initialised"]
-        lines = _table([head, *(_cells(layer) for layer in done)]) if done else ["no layer was initialised"]
+        done = [layer for layer in self.layers if layer.action == "initialized"]
+        lines = _table([head, *(_cells(layer) for layer in done)]) if done else ["no layer was initialized"]
         others: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
-            if layer.action != "initialised":
+            if layer.action != "initialized":
                 others.setdefault((layer.action, layer.reason), []).append(layer.name)
         for (action, reason), names in others.items():
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -146,7 +146,7 @@ class Report:
         """
         from matplotlib.figure import Figure
 
-        done = self.initialised
+        done = self.initialized
         place = range(len(done))
         figure = Figure(figsize=(7, 1.2 + 0.28 * max(1, len(done))), layout="constrained")
         errors, residuals = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])

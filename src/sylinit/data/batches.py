@@ -1,15 +1,21 @@
-"""What a user may pass as calibration data, read into one form."""
+"""What a user may pass as calibration data, read into one form: one batch wherever the parts allow it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sylinit.data.tree import MASKS, CannotConcatenate, concatenate, map_leaves, select, tensors
 from sylinit.errors import SylinitError
+
+TARGET_KEYS = ("labels", "label", "target", "targets", "y")
+"""Keys of a mapping under which a target is looked for, in this order."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +23,12 @@ class Batch:
     """One calibration batch.
 
     Attributes:
-        raw: as the user gave it, on the model's device: what ``forward=`` receives.
+        raw: as the user made it, on the model's device: what ``forward=`` receives.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         target: class indices, soft labels or real values, or None.
         samples: the size of the leading dimension; with a ``forward=`` that of the target, where there is one.
+        mask: bool ``[samples, length]``, true where a sequence holds data; None where there is no padding.
     """
 
     raw: Any
@@ -29,77 +36,291 @@ class Batch:
     kwargs: dict[str, Any]
     target: Tensor | None
     samples: int
+    mask: Tensor | None = None
 
 
-def read_batches(batches: Any, device: torch.device, dtype: torch.dtype | None, *, custom: bool) -> list[Batch]:
-    """Read all batches, move them to ``device`` and check that they fit together.
+@dataclass(frozen=True)
+class Read:
+    """What was read.
 
-    Args:
-        batches: a tensor, or an iterable of batches: ``x``, ``(x, y)``, ``(x1, x2, y)`` or a mapping with the target
-            under ``labels``.
-        device: the model's device.
-        dtype: floating-point inputs are cast to it; None leaves them.
-        custom: the user has a ``forward=``, so only the target and the size are read.
-
-    Raises:
-        SylinitError: no batches, an empty batch, batches of different dimensions, or targets of another length.
+    Attributes:
+        batches: one, unless its parts cannot be concatenated or are to stay apart.
+        train_size: how many samples there are to train on, as far as the user's data tells.
+        notes: what the user should know.
     """
+
+    batches: tuple[Batch, ...]
+    train_size: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How batches are read.
+
+    Attributes:
+        model: its device decides where inputs go, its signature how they are passed.
+        samples: at most so many are read.
+        target: the key of the target in a mapping, or a function of the batch; None for the usual places.
+        mask: the key of the mask in a mapping, or a function of the batch; "auto" for the usual keys, None for none.
+        custom: the user has a ``forward=``, so only the target and the number of samples are read.
+        apart: batches stay as they are cut.
+    """
+
+    model: nn.Module
+    samples: int
+    target: str | Callable[[Any], Any] | None = None
+    mask: str | Callable[[Any], Any] | None = "auto"
+    custom: bool = False
+    apart: bool = False
+
+    def read(self, batches: Any) -> Read:
+        """Read batches up to the number of samples wanted, check that they fit together, and join them.
+
+        Args:
+            batches: an iterable of batches: ``x``, ``(x, y)``, ``(x1, x2, y)``, ``((x1, x2), y)`` or mappings.
+
+        Raises:
+            SylinitError: no batches, an empty batch, batches of different dimensions, or targets of another length.
+        """
+        _require_iterable(batches)
+        in_memory = isinstance(batches, (list, tuple))
+        read: list[Batch] = []
+        cut = False
+        for raw in batches:
+            if not in_memory and sum(batch.samples for batch in read) >= self.samples:
+                cut = True
+                break
+            read.append(self.parse(raw, len(read)))
+        if not read:
+            raise SylinitError(
+                "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
+            )
+        _require_alike(read, self.custom)
+        total = sum(batch.samples for batch in read)
+        size = _dataset_size(batches) or total
+        notes = []
+        if cut or total > self.samples:
+            read = self._thinned(read, evenly=in_memory)
+            kept = sum(batch.samples for batch in read)
+            which = "spread evenly over all" if in_memory else "the first that came"
+            of = f" of {max(size, total):,}" if size > total or in_memory else ""
+            notes.append(f"read {kept:,}{of} samples, {which}; samples= reads more")
+        return Read(self._joined(read), size, tuple(notes))
+
+    def parse(self, raw: Any, number: int = 0) -> Batch:
+        """Tell inputs from targets in one batch."""
+        raw = map_leaves(raw, lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf)
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        target = self._target(raw, number)
+        if isinstance(raw, Mapping):
+            kwargs = dict(raw)
+        elif isinstance(raw, (tuple, list)):
+            if len(raw) == 0:
+                raise SylinitError(f"batches: batch {number} is an empty {type(raw).__name__}; expected x or (x, y)")
+            args = tuple(raw[:-1]) if len(raw) > 1 else tuple(raw)
+            args = self._spread(args)
+        else:
+            args = (raw,)
+        args, kwargs = map_leaves(args, _as_tensor), map_leaves(kwargs, _as_tensor)
+        inputs = [value for value in tensors((args, kwargs)) if value.ndim > 0]
+        if not self.custom:
+            self._require_tensors(raw, args, kwargs, inputs, number)
+        samples = inputs[0].size(0) if inputs else 0
+        if inputs and samples == 0:
+            shape = list(inputs[0].shape)
+            raise SylinitError(f"batches: batch {number} is empty (its input has shape {shape}); drop it")
+        if target is not None:
+            target = self._checked_target(target, number)
+            if self.custom and target.ndim:  # only the user's own function knows how the inputs lie
+                samples = target.shape[0]
+            if target.ndim == 0 or target.shape[0] != samples:
+                raise SylinitError(
+                    f"batches: batch {number} has {samples} samples and a target of shape {list(target.shape)}; "
+                    "the target's first dimension must count the samples (if the input's second does, pass "
+                    "forward=lambda model, batch: model(batch[0])); for more than one batch pass a list of (x, y)"
+                )
+        return Batch(raw, args, kwargs, target, samples, self._mask(raw, samples))
+
+    def _target(self, raw: Any, number: int) -> Any:
+        """The target of a batch, wherever it lies."""
+        if callable(self.target):
+            return self.target(raw)
+        if isinstance(raw, Mapping):
+            if self.target is not None:
+                if self.target not in raw:
+                    keys = ", ".join(map(repr, raw))
+                    raise SylinitError(f"target={self.target!r}: batch {number} has no such key; it has {keys}")
+                return raw[self.target]
+            return next((raw[key] for key in TARGET_KEYS if key in raw and not self._is_input(key)), None)
+        if self.target is not None:
+            raise SylinitError(
+                f"target={self.target!r}: batch {number} is a {type(raw).__name__}, which has no keys; "
+                "pass a function of the batch"
+            )
+        return raw[-1] if isinstance(raw, (tuple, list)) and len(raw) > 1 else None
+
+    def _mask(self, raw: Any, samples: int) -> Tensor | None:
+        """Which places of each sequence hold data, as far as the batch says."""
+        if callable(self.mask):
+            found = self.mask(raw)
+        elif not isinstance(raw, Mapping) or self.mask is None:
+            return None
+        elif self.mask == "auto":
+            found = next((raw[key] for key in MASKS if key in raw), None)
+            if found is None and isinstance(padding := raw.get("src_key_padding_mask"), Tensor):
+                found = ~padding if padding.dtype == torch.bool else padding == 0
+        elif self.mask not in raw:
+            raise SylinitError(f"mask={self.mask!r}: the batch has no such key; it has {', '.join(map(repr, raw))}")
+        else:
+            found = raw[self.mask]
+        if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != samples:
+            if found is not None and self.mask != "auto":
+                raise SylinitError(
+                    f"mask: expected a tensor [{samples} samples, length] that is true where there is data, got "
+                    f"{_describe(found)}"
+                )
+            return None
+        mask = found != 0
+        return None if bool(mask.all()) else mask
+
+    def _is_input(self, key: str) -> bool:
+        """Whether the model needs a key of that name, so that it is no target."""
+        parameter = inspect.signature(self.model.forward).parameters.get(key)
+        return parameter is not None and parameter.default is parameter.empty and not self.custom
+
+    def _spread(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs of ``((x1, x2), y)`` one by one, where the model takes so many."""
+        if self.custom or len(args) != 1 or not isinstance(args[0], (tuple, list)) or len(args[0]) < 2:
+            return args
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        takes = [p for p in inspect.signature(self.model.forward).parameters.values() if p.kind in kinds]
+        needs = sum(p.default is p.empty for p in takes)
+        return tuple(args[0]) if needs <= len(args[0]) <= len(takes) and needs > 1 else args
+
+    def _require_tensors(
+        self, raw: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], number: int
+    ) -> None:
+        """Refuse inputs that no model of tensors can read."""
+        for name, value in (*((f"input {place}", arg) for place, arg in enumerate(args)), *kwargs.items()):
+            if name not in TARGET_KEYS and (
+                isinstance(value, str) or (isinstance(value, (tuple, list)) and value and isinstance(value[0], str))
+            ):
+                raise SylinitError(
+                    f"batches: {name!r} of batch {number} holds text; turn it into tensors first (a tokenizer, an "
+                    "encoder), or pass forward=lambda model, batch: ..."
+                )
+        if not inputs:
+            raise SylinitError(
+                f"batches: batch {number} holds no tensor of input (it is {_describe(raw)}); "
+                "expected x, (x, y) or a mapping, or pass forward=lambda model, batch: ..."
+            )
+
+    def _checked_target(self, target: Any, number: int) -> Tensor:
+        """A target as one tensor on the model's device."""
+        several = (
+            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose with target= "
+            "(a key of the batch, or a function of it that returns a tensor), for one head at a time"
+        )
+        if isinstance(target, Mapping) or (
+            isinstance(target, (tuple, list)) and any(isinstance(v, (Tensor, Mapping, tuple, list)) for v in target)
+        ):
+            raise SylinitError(several)
+        try:
+            found = torch.as_tensor(target, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SylinitError(
+                f"batches: the target of batch {number} is {_describe(target)}, which holds no numbers; pass class "
+                "indices or real values as a tensor"
+            ) from error
+        found = found.as_subclass(Tensor)
+        if found.is_complex():
+            raise SylinitError(f"batches: batch {number} has a complex target; pass real values or class indices")
+        return found
+
+    def _thinned(self, read: list[Batch], *, evenly: bool) -> list[Batch]:
+        """As many samples as are wanted: evenly from all batches, or the first."""
+        total = sum(batch.samples for batch in read)
+        place = torch.arange(self.samples, dtype=torch.float64)
+        index = (place * (total / self.samples)).long() if evenly else place.long()
+        thinned, start = [], 0
+        for number, batch in enumerate(read):
+            mine = index[(index >= start) & (index < start + batch.samples)] - start
+            start += batch.samples
+            if not len(mine):
+                continue
+            whole = len(mine) == batch.samples
+            thinned.append(batch if whole else self.parse(select(batch.raw, mine, batch.samples), number))
+        return thinned
+
+    def _joined(self, read: list[Batch]) -> tuple[Batch, ...]:
+        """One batch where that gives the model what it would get from each."""
+        if len(read) == 1 or self.apart:
+            return tuple(read)
+        if any(batch.target is None for batch in read) and _has_sequence_first_layers(self.model):
+            return tuple(read)  # nothing tells whether the first dimension counts samples
+        sizes = [batch.samples for batch in read]
+        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None) or 0
+        try:
+            raw = concatenate([batch.raw for batch in read], sizes, strict=self.custom, pad=pad)
+        except CannotConcatenate:
+            return tuple(read)
+        joined = self.parse(raw, 0)
+        return (joined,) if joined.samples == sum(sizes) else tuple(read)
+
+    @property
+    def _device(self) -> torch.device:
+        parameters = (p for p in self.model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
+        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """Call the model as its batch is: positional inputs or a mapping, targets only where the model takes them."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    kwargs = {key: v for key, v in batch.kwargs.items() if key not in TARGET_KEYS or takes_any or key in parameters}
+    return model(*batch.args, **kwargs)
+
+
+def some_samples(batch: Batch, reader: Reader, count: int) -> Batch | None:
+    """A few samples, spread evenly over a batch; None where the batch cannot be cut."""
+    if batch.samples < 1:
+        return None
+    index = (torch.arange(min(count, batch.samples)) * batch.samples) // min(count, batch.samples)
+    try:
+        return reader.parse(select(batch.raw, index, batch.samples), 0)
+    except (CannotConcatenate, SylinitError):
+        return None
+
+
+def _require_iterable(batches: Any) -> None:
     if isinstance(batches, Tensor):
         raise SylinitError(
             "batches: expected an iterable of batches, got a single tensor; pass [x] or [(x, y)], or a DataLoader"
         )
+    if isinstance(batches, Mapping):
+        raise SylinitError("batches: expected an iterable of batches, got a single mapping; pass [batch]")
+    if isinstance(batches, torch.utils.data.Dataset) and not isinstance(batches, Iterable):
+        raise SylinitError("batches: got a Dataset; pass torch.utils.data.DataLoader(dataset, batch_size=...)")
     if not isinstance(batches, Iterable):
         raise SylinitError(f"batches: expected an iterable of batches, got {type(batches).__name__}; pass [(x, y)]")
-    read = [_read(batch, number, device, dtype, custom) for number, batch in enumerate(batches)]
-    if not read:
-        raise SylinitError(
-            "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
-        )
-    _agree(read, custom)
-    return read
 
 
-def _read(batch: Any, number: int, device: torch.device, dtype: torch.dtype | None, custom: bool) -> Batch:
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    target: Any = None
-    moved = _move(batch, device, dtype)
-    # The target must come as the user made it: casting would round real-valued targets.
-    if isinstance(moved, Mapping):
-        kwargs = dict(moved)
-        target = _move(batch.get("labels"), device, None)
-    elif isinstance(moved, (tuple, list)):
-        if len(moved) == 0:
-            raise SylinitError(f"batches: batch {number} is an empty {type(batch).__name__}; expected x or (x, y)")
-        args = tuple(moved[:-1]) if len(moved) > 1 else tuple(moved)
-        target = _move(batch[-1], device, None) if len(moved) > 1 else None
-    else:
-        args = (moved,)
-    inputs = [value for value in _tensors((args, kwargs)) if value.ndim > 0]
-    if not inputs and not custom:
-        raise SylinitError(
-            f"batches: batch {number} holds no tensor of input (it is {_describe(batch)}); "
-            "expected x, (x, y) or a mapping, or pass forward=lambda model, batch: ..."
-        )
-    samples = inputs[0].shape[0] if inputs else 0
-    if inputs and samples == 0:
-        raise SylinitError(f"batches: batch {number} is empty (its input has shape {list(inputs[0].shape)}); drop it")
-    if target is not None:
-        target = torch.as_tensor(target, device=device)
-        if custom and target.ndim:  # only the user's own function knows how the inputs lie
-            samples = target.shape[0]
-        if target.ndim == 0 or target.shape[0] != samples:
-            raise SylinitError(
-                f"batches: batch {number} has {samples} samples and a target of shape {list(target.shape)}; "
-                "the target's first dimension must count the samples (if the input's second does, pass "
-                "forward=lambda model, batch: model(batch[0]))"
-            )
-        if target.is_complex():
-            raise SylinitError(f"batches: batch {number} has a complex target; pass real values or class indices")
-    return Batch(moved, args, kwargs, target, samples)
+def _has_sequence_first_layers(model: nn.Module) -> bool:
+    return any(getattr(module, "batch_first", True) is False for module in model.modules())
 
 
-def _agree(batches: list[Batch], custom: bool) -> None:
+def _dataset_size(batches: Any) -> int | None:
+    """How many samples the data set behind a loader has, if it says so."""
+    dataset = getattr(batches, "dataset", None)
+    try:
+        return None if dataset is None else len(dataset)
+    except TypeError:  # an iterable data set
+        return None
+
+
+def _require_alike(batches: Sequence[Batch], custom: bool) -> None:
     """Batches must have the same kind of input and target; lengths of sequences and images may differ.
 
     Features that do not fit are refused by the layer that meets them.
@@ -107,11 +328,10 @@ def _agree(batches: list[Batch], custom: bool) -> None:
     first = batches[0]
     for number, batch in enumerate(batches):
         if (batch.target is None) != (first.target is None):
-            raise SylinitError(
-                f"batches: batch {0 if first.target is None else number} has no target while others have one"
-            )
+            missing = 0 if first.target is None else number
+            raise SylinitError(f"batches: batch {missing} has no target while others have one")
         if not custom:  # else the inputs are the affair of the user's own function
-            _require_like(batch, first, number)
+            _require_like_inputs(batch, first, number)
         mine, other = batch.target, first.target
         if mine is not None and other is not None and _form(mine) != _form(other):
             raise SylinitError(
@@ -120,7 +340,7 @@ def _agree(batches: list[Batch], custom: bool) -> None:
             )
 
 
-def _require_like(batch: Batch, first: Batch, number: int) -> None:
+def _require_like_inputs(batch: Batch, first: Batch, number: int) -> None:
     """Refuse a batch with other inputs than the first."""
     if len(batch.args) != len(first.args) or batch.kwargs.keys() != first.kwargs.keys():
         raise SylinitError(f"batches: batch {number} has other inputs than batch 0")
@@ -128,7 +348,7 @@ def _require_like(batch: Batch, first: Batch, number: int) -> None:
     for mine, other in pairs:
         if not (isinstance(mine, Tensor) and isinstance(other, Tensor)):
             continue
-        if mine.ndim != other.ndim or (mine.ndim >= 4 and mine.shape[1] != other.shape[1]):
+        if mine.ndim != other.ndim or (mine.ndim == 4 and mine.shape[1] != other.shape[1]):
             raise SylinitError(
                 f"batches: batch {number} has input of shape {list(mine.shape)}, batch 0 of shape "
                 f"{list(other.shape)}; all batches must have the same dimensions and channels"
@@ -138,35 +358,18 @@ def _require_like(batch: Batch, first: Batch, number: int) -> None:
 def _form(target: Tensor) -> tuple[bool, int, int]:
     """What targets must agree in: class indices may come at any number of positions, values in one width."""
     real = target.is_floating_point()
-    return real, target.ndim, target.shape[-1] if real and target.ndim > 1 else 0
+    return real, target.ndim, target.shape[-1] if real and target.ndim == 2 else 0
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors inside, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Tensor):
-        cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        return value.to(device=device, dtype=cast)
-    if isinstance(value, Mapping):
-        return {key: _move(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_move(item, device, dtype) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_move(item, device, dtype) for item in value)
-    return value
+def _as_tensor(leaf: Any) -> Any:
+    """A numpy array as a tensor; everything else as it is."""
+    is_array = hasattr(leaf, "__array_interface__") and math.prod(getattr(leaf, "shape", (0,)))
+    return torch.as_tensor(leaf) if is_array and leaf.dtype.kind in "biuf" else leaf
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}".replace("torch.", "")
+    if isinstance(value, (tuple, list)) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
     return f"a {type(value).__name__}"

@@ -1,32 +1,33 @@
-"""The calibration data of one pass: this process's batches, and what all processes agree their targets are."""
+"""The calibration set of one pass: this process's batches, and what all processes agree their targets are."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sylinit.data.batches import Batch, read_batches
+from sylinit.data.batches import Batch, Read
 from sylinit.data.targets import TargetKind, Targets, describe, encode
+from sylinit.data.tree import tensors
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import Processes
 
 
 @dataclass(frozen=True)
-class Data:
+class CalibrationSet:
     """The calibration data of this process.
 
     Attributes:
-        batches: one a lane.
+        batches: one, unless its parts cannot be concatenated.
         kind: what the targets are, in all processes together.
         targets: as vectors, or None where there are none.
         samples: number of samples in all processes.
         before: number of samples in processes of lower rank.
+        train_size: how many samples there are to train on, as far as the data tells.
         seed: of everything random, the same in all processes.
         processes: the group.
+        notes: what the user should know of the data.
     """
 
     batches: tuple[Batch, ...]
@@ -34,8 +35,10 @@ class Data:
     targets: Targets | None
     samples: int
     before: int
+    train_size: int
     seed: int
     processes: Processes
+    notes: tuple[str, ...]
 
     def one_hot(self, classes: int) -> Targets:
         """The targets of a head with ``classes`` outputs."""
@@ -49,52 +52,42 @@ class Data:
             )
         sizes = [batch.samples for batch in self.batches]
         mine = values[self.before : self.before + sum(sizes)].double()
-        device = next((t.device for t in _tensors(self.batches[0])), values.device)
+        first = self.batches[0]
+        device = next((t.device for t in tensors((first.args, first.kwargs))), values.device)
         return Targets(tuple(mine.to(device).split(sizes)), values.double().mean(0).to(device))
 
 
-def read_data(model: nn.Module, batches: Any, processes: Processes, seed: int, *, custom: bool) -> Data:
-    """Read this process's batches and agree with the others on what the targets are.
+def calibration_set(read: Read, processes: Processes, seed: int) -> CalibrationSet:
+    """Agree with the other processes on what the targets are.
 
     Args:
-        model: its device and dtype decide where inputs go.
-        batches: what the user passed.
+        read: this process's batches.
         processes: the group.
         seed: that of the first process is used by all.
-        custom: whether the user has a ``forward=`` of their own.
     """
-    device, dtype = _place(model)
-
-    def local() -> tuple[tuple[Batch, ...], TargetKind]:
-        read = tuple(read_batches(batches, device, dtype, custom=custom))
-        return read, describe([batch.target for batch in read if batch.target is not None])
-
-    read, own = processes.together(local)
+    batches = read.batches
+    own = processes.agree(lambda: describe([batch.target for batch in batches if batch.target is not None]))
+    mine = own[processes.rank]
     # A process all of whose labels are ignored says nothing about their kind; the others do.
-    silent = not own.present and read[0].target is not None
-    agreed = processes.agree(lambda: (sum(batch.samples for batch in read), None if silent else own, seed))
-    said = [kind for _, kind, _ in agreed if kind is not None] or [own]
+    silent = not mine.present and batches[0].target is not None
+    facts = (sum(batch.samples for batch in batches), None if silent else mine, seed, read.train_size)
+    agreed = processes.agree(lambda: facts)
+    said = [kind for _, kind, _, _ in agreed if kind is not None] or [mine]
     kind = TargetKind(max(k.classes for k in said), said[0].width, all(k.soft for k in said))
     differ = any((bool(k.classes), k.width) != (bool(kind.classes), kind.width) for k in said)
     if differ or (kind.width and len(said) < len(agreed)):
         raise SylinitError("batches: the targets of the processes of the group are of different kinds or widths")
-    return Data(
-        batches=read,
+    return CalibrationSet(
+        batches=batches,
         kind=kind,
-        targets=_encode(read, kind, processes) if kind.present else None,
-        samples=sum(samples for samples, _, _ in agreed),
-        before=sum(samples for samples, _, _ in agreed[: processes.rank]),
+        targets=_encode(batches, kind, processes) if kind.present else None,
+        samples=sum(samples for samples, *_ in agreed),
+        before=sum(samples for samples, *_ in agreed[: processes.rank]),
+        train_size=sum(size for *_, size in agreed),
         seed=agreed[0][2],
         processes=processes,
+        notes=read.notes,
     )
-
-
-def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call the model as its batch is: positional inputs or a mapping, ``labels`` only where the model takes them."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    kwargs = batch.kwargs if takes_labels else {key: v for key, v in batch.kwargs.items() if key != "labels"}
-    return model(*batch.args, **kwargs)
 
 
 def _encode(batches: tuple[Batch, ...], kind: TargetKind, processes: Processes, *, one_hot: bool = False) -> Targets:
@@ -103,15 +96,3 @@ def _encode(batches: tuple[Batch, ...], kind: TargetKind, processes: Processes, 
     known = known[known.isfinite().all(1)]
     sums = processes.sum_(torch.cat([known.sum(0), known.new_tensor([float(len(known))])]))
     return Targets(vectors, sums[:-1] / sums[-1].clamp(min=1))
-
-
-def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-    """Where inputs are to go, and the dtype of floating-point inputs (None under autocast: as they are)."""
-    parameters = [p for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter)]
-    device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
-    floating = next((p.dtype for p in parameters if p.is_floating_point()), None)
-    return device, None if torch.is_autocast_enabled(device.type) else floating
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]

@@ -1,4 +1,4 @@
-"""Targets: what the user calls labels, as real vectors beside each row of each layer."""
+"""Targets: what the user calls labels, as real vectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sylinit.errors import SylinitError, warn
-from sylinit.layers.views import unravel
 
 IGNORED = -100
 """A class index that means "no label here", as in ``torch.nn.functional.cross_entropy``."""
@@ -49,7 +48,7 @@ class Targets:
 
     Attributes:
         vectors: ``[samples, *positions, c]`` for each batch; NaN where there is no label.
-        mean: ``[c]``, the mean over all labelled samples of all processes: what a row without a label gets.
+        mean: ``[c]``, the mean over all labeled samples of all processes.
     """
 
     vectors: tuple[Tensor, ...]
@@ -59,19 +58,6 @@ class Targets:
     def width(self) -> int:
         """c, the length of a target vector."""
         return self.mean.shape[0]
-
-    def of_rows(self, batch: int, shape: tuple[int, tuple[int, ...]], index: Tensor | None) -> Tensor | None:
-        """The targets ``[n, c]`` of a layer's rows; ``shape`` is its (samples, positions); see `for_rows`."""
-        t = for_rows(self.vectors[batch], *shape, index)
-        return None if t is None else self._known(t)
-
-    def of_samples(self, batch: int, samples: int) -> Tensor | None:
-        """The targets ``[samples, c]`` where all rows of a sample share one, else None."""
-        vectors = self.vectors[batch]
-        return self._known(vectors) if vectors.ndim == 2 and len(vectors) == samples else None
-
-    def _known(self, t: Tensor) -> Tensor:
-        return torch.where(t.isnan(), self.mean.to(t), t)
 
 
 def describe(targets: list[Tensor]) -> TargetKind:
@@ -147,51 +133,3 @@ def encode(target: Tensor, kind: TargetKind, *, one_hot: bool = False) -> Tensor
         table = torch.randint(0, 2, size, generator=source, dtype=torch.int8, device="cpu")
         vectors = (2.0 * table.double() - 1.0).to(index.device)[index]
     return vectors.masked_fill(ignored, math.nan)
-
-
-def for_rows(vectors: Tensor, samples: int, positions: tuple[int, ...], index: Tensor | None) -> Tensor | None:
-    """The target of each of a layer's rows.
-
-    A layer's rows are numbered ``sample * positions + position``. A target for the whole sample goes to all of its
-    rows; a target for each position (token, pixel) goes to the row at the nearest position; a layer without positions
-    gets the mean over positions. Where a model folds time or windows into the batch, each fold gets its
-    sample's target; sequence-first layouts are recognised by the place of the batch size.
-
-    Args:
-        vectors: ``[batch, *target positions, c]``.
-        samples: the leading dimension of the layer's input.
-        positions: the other dimensions that number its rows.
-        index: the rows that were read, or None for all.
-
-    Returns:
-        ``[n, c]``, NaN for rows without a label, or None where the layer's rows cannot be told apart by sample.
-    """
-    batch, *spots, _ = vectors.shape
-    lead = (samples, *positions)
-    if index is None:
-        index = torch.arange(math.prod(lead), device=vectors.device)
-    where = list(unravel(index.to(vectors.device), lead))
-    if samples == batch:
-        sample = where.pop(0)
-        spread = list(positions)
-    elif positions and positions[0] == batch:
-        sample = where.pop(1)
-        spread = [samples, *positions[1:]]
-    elif batch and samples % batch == 0:
-        sample = where.pop(0) // (samples // batch)
-        spread = list(positions)
-        vectors, spots = _pooled(vectors), []
-    else:
-        return None
-    if not spots:
-        return vectors[sample]
-    if len(spots) != len(spread):
-        return _pooled(vectors)[sample]
-    nearest = [place * spot // size for place, spot, size in zip(where, spots, spread, strict=True)]
-    place = (sample, *nearest)
-    return vectors[place]
-
-
-def _pooled(vectors: Tensor) -> Tensor:
-    """Mean over positions, without the ignored ones."""
-    return vectors.flatten(1, -2).nanmean(1) if vectors.ndim > 2 else vectors

@@ -18,7 +18,7 @@ from torch import nn
 
 from sylinit.errors import SylinitError
 from sylinit.report import ROOT
-from sylinit.runtime.transaction import Snapshot
+from sylinit.runtime.transaction import Transaction
 
 if TYPE_CHECKING:  # importing these takes as long as importing all of sylinit; only sharded models need them
     from torch.distributed.tensor import DTensor
@@ -47,7 +47,7 @@ class Shards:
             if isinstance(module, FullyShardedDataParallel):
                 raise SylinitError(
                     f"module {name or ROOT!r} is wrapped in FullyShardedDataParallel, which hides the "
-                    "weights; initialise the model before wrapping it, or use torch.distributed.fsdp.fully_shard"
+                    "weights; initialize the model before wrapping it, or use torch.distributed.fsdp.fully_shard"
                 )
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward pass FSDP leaves some parameters gathered
@@ -60,11 +60,11 @@ class Shards:
                     self._slots.append((module._parameters, key, parameter))
 
     @contextmanager
-    def gathered(self, snapshot: Snapshot) -> Iterator[None]:
+    def gathered(self, transaction: Transaction) -> Iterator[None]:
         """Give the model whole parameters and take out FSDP's hooks; cut the results into the shards at the end.
 
         Args:
-            snapshot: of the model. Its restoring puts the shards back into the model, also after a failure.
+            transaction: of the model. Its restoring puts the shards back into the model, also after a failure.
         """
         if not self._slots:
             yield
@@ -76,9 +76,9 @@ class Shards:
         try:
             yield
             for _, _, shard in self._slots:
-                if snapshot.keeps(whole[id(shard)]):
+                if transaction.keeps(whole[id(shard)]):
                     _scatter(whole[id(shard)], shard)
-                    snapshot.keep(shard)
+                    transaction.keep(shard)
         finally:
             for undo in put_back:
                 undo()
@@ -89,7 +89,7 @@ def _require_gatherable(name: str, parameter: DTensor, managed: bool, ranks: Seq
         placed = ", ".join(map(str, parameter.placements))
         raise SylinitError(
             f"parameter {name!r} is a DTensor placed as ({placed}); expected a plain tensor, or one cut by "
-            "fully_shard alone: initialise the model before making it parallel in other ways"
+            "fully_shard alone: initialize the model before making it parallel in other ways"
         )
     missing = sorted(set(parameter.device_mesh.mesh.flatten().tolist()) - set(ranks))
     if missing:

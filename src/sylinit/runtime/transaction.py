@@ -1,23 +1,30 @@
-"""Everything that a pass may disturb, put back bit for bit."""
+"""Everything that running a model may disturb, put back bit for bit: all or nothing."""
 
 from __future__ import annotations
 
 import random
 import sys
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from sylinit.runtime.flags import read_flags, restore_flags
 from sylinit.runtime.interrupts import held_interrupts
 
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+"""Where a module keeps its tensors and parts."""
 
-class Snapshot:
-    """The state of a model and of the random number generators before a pass.
 
-    Buffers and trainable parameters are copied at once, since a forward pass may write into any of them. Training needs
-    as much memory again for the gradients. Frozen parameters, which may be most of a large model, are not copied:
+class Transaction:
+    """The state of a model, of the random number generators and of PyTorch's switches before a pass.
+
+    Buffers and trainable parameters are copied at once, since a forward pass may write into any of them; so are the
+    frozen parameters of modules whose own ``train()`` may rewrite them, as adapters that merge do. Training needs as
+    much memory again for the gradients. Other frozen parameters, which may be most of a large model, are not copied:
     what a model's own forward writes into those, as a momentum encoder's does, stays.
 
     Args:
@@ -26,22 +33,25 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
+        self._model = model
         self._modes = [(module, module.training) for module in model.modules()]
-        # A forward pass may replace, add or drop buffers, not only write into them.
+        # A forward pass may replace, add or drop buffers and parts, not only write into them.
+        plain = [module for module, _ in self._modes if not isinstance(module, torch.jit.ScriptModule)]
         self._registered: list[tuple[Any, dict[str, Any]]] = [
-            (registry, dict(registry))
-            for module in model.modules()
-            for registry in (module._parameters, module._buffers)
+            (registry, dict(registry)) for module in plain for registry in _registries(module)
         ]
+        self._attributes = [(module, _attributes(module)) for module in plain]
+        self._contents = [(value, _content(value)) for _, held in self._attributes for value in _containers(held)]
+        plainly_held = (v for _, held in self._attributes for v in held.values() if type(v) is Tensor)
         self._numbers = [
             (tensor, _memory(tensor).detach().clone())
-            for tensor in (*model.buffers(), *(p for p in model.parameters() if p.requires_grad))
+            for tensor in (*_rewritable(model), *plainly_held)
             if not isinstance(tensor, UninitializedTensorMixin)
         ]
         self._generator = generator
         self._generator_state = None if generator is None else generator.get_state()
         self._random = _random_states()
-        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        self._flags = read_flags()
         self._kept: set[int] = set()
 
     def keep(self, *tensors: Tensor) -> None:
@@ -52,26 +62,106 @@ class Snapshot:
         """Whether a tensor's new values are results."""
         return id(tensor) in self._kept
 
+    def rewind(self) -> None:
+        """Undo what a trial run of the model has changed, and stay in the pass: modes and switches stay as they are."""
+        with torch.no_grad(), held_interrupts():
+            self._restore_modules()
+            self._restore_numbers(set())
+            _set_random_states(self._random)
+
     def restore(self, *, succeeded: bool) -> None:
         """Put everything back: all of it after a failure; after success all but the results."""
         with torch.no_grad(), held_interrupts():
-            self._restore(succeeded)
+            kept = self._kept if succeeded else set()
+            self._restore_modes()
+            self._restore_modules()  # after it, for a module's own train() reads and sets flags of its own
+            self._restore_numbers(kept)
+            if not succeeded and self._generator is not None and self._generator_state is not None:
+                self._generator.set_state(self._generator_state)
+            _set_random_states(self._random)
+            torch.clear_autocast_cache()  # casts of what the weights were meanwhile
+        restore_flags(self._flags)
 
-    def _restore(self, succeeded: bool) -> None:
-        for module, training in self._modes:
-            module.training = training
+    def _restore_modules(self) -> None:
         for registry, entries in self._registered:
-            registry.clear()
-            registry.update(entries)
-        if not succeeded and self._generator is not None and self._generator_state is not None:
-            self._generator.set_state(self._generator_state)
-        _set_random_states(self._random)
-        torch.backends.mha.set_fastpath_enabled(self._fast_path)
+            if registry.keys() != entries.keys() or any(registry[key] is not value for key, value in entries.items()):
+                registry.clear()
+                registry.update(entries)
+        for module, held in self._attributes:
+            now = vars(module)
+            for key in _attributes(module).keys() - held.keys():
+                del now[key]
+            for key, value in held.items():
+                if key not in now or now[key] is not value:
+                    now[key] = value
+        for container, content in self._contents:
+            _refill(container, content)
+
+    def _restore_modes(self) -> None:
+        """Through ``train()``, which in some modules does more than to set a flag: adapters merge and unmerge there."""
+        root, training = self._modes[0]
+        if any(module.training != mode for module, mode in self._modes):
+            root.train(training)
+            for module, mode in self._modes:
+                if module.training != mode:
+                    module.train(mode)
+            for module, mode in self._modes:  # train() of a part has reached the parts inside
+                if module.training != mode:
+                    module.training = mode
+
+    def _restore_numbers(self, kept: set[int]) -> None:
         for tensor, before in self._numbers:
-            if not (succeeded and self.keeps(tensor)):
+            if id(tensor) not in kept:
                 with torch.inference_mode(tensor.is_inference()):
                     _memory(tensor).copy_(before)
-        torch.clear_autocast_cache()  # casts of what the weights were meanwhile
+
+
+def _rewritable(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a forward pass, or a change of mode, may write into; each once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        switches = type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
+        parameters = module.parameters(recurse=switches)  # an adapter merges into the layer that it wraps
+        for tensor in (*module._buffers.values(), *(p for p in parameters if switches or p.requires_grad)):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return tuple(vars(module)[name] for name in REGISTRIES)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module: neither its registries nor its hooks, and not its mode."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in REGISTRIES and key != "training" and "_hooks" not in key
+    }
+
+
+def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
+    return (value for value in attributes.values() if isinstance(value, (list, dict, set, deque)))
+
+
+def _content(container: Any) -> Any:
+    """Its items, in a plain container."""
+    kind = next(kind for kind in (list, dict, set, deque) if isinstance(container, kind))
+    return list(container) if kind is deque else kind(container)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a list, dict or set its former items, where they are others now."""
+    if isinstance(container, dict):
+        same = list(container) == list(content) and all(container[key] is content[key] for key in content)
+    elif isinstance(container, (list, deque)):
+        same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
+    else:
+        same = container == content
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
 
 def _memory(tensor: Tensor) -> Tensor:

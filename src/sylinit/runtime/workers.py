@@ -1,164 +1,274 @@
-"""Running a model once over several batches so that each layer meets all of its input before it is computed.
+"""Running a model so that each layer meets all of its input before it is computed.
 
-Every batch is a *lane*: a forward pass of its own. One baton goes round, so only one lane runs at a time and the order
-is always the same. A lane that comes to a layer's door parks there. When every lane is parked or has ended, the
-layer whose door is first in the model is settled with everything that waits at it, and those lanes go on.
-With a process group the processes agree on the door, so that each process is like more lanes.
-
-Lane 0 runs in the caller's thread: with one batch there is no thread at all. The other lanes are threads that see the
-caller's gradient mode, autocast, default device and CUDA device and stream.
+The calibration set is one batch wherever its parts allow it. Then the model runs once, in the caller's thread
+(`run_once`). Parts that cannot be concatenated run *interleaved* (`run_interleaved`): each in a worker thread that does
+nothing but run the model and stops at every layer site. A loop in the caller's thread lets one worker at a time run
+until it stops, picks the site that comes first in the model, computes it from all that waits there, and lets those
+workers go on. With a process group the processes agree on the site, so each process is like more workers.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
+from torch import nn
 
-from sylinit.runtime.interrupts import told_interrupts
+from sylinit.errors import SylinitError
+from sylinit.runtime.flags import changed_flags, read_flags
+from sylinit.runtime.state import State
 
-T = TypeVar("T")
+Compute = Callable[[int, dict[int, Any]], None]
+"""Called with the number of a site and what waits there, by part; it computes the layer."""
 
-Settle = Callable[[int, dict[int, Any]], None]
-"""Called with a door and what waits at it, by lane; it initialises the layer."""
+Agree = Callable[[int | None], int | None]
+"""Called with the site that this process would compute next (None: it has ended); returns the site that all compute."""
 
-Choose = Callable[[int | None], int | None]
-"""Called with the door that this process would settle next (None: it has ended), it returns the
-door that all settle."""
+IDLE_SECONDS = 20.0
+"""A worker that uses no processor for so long while it should run the model waits for something that never comes."""
 
-Parking = Callable[[int], AbstractContextManager[Any]]
-"""Called with a lane; the lane waits inside."""
+REMEDY = (
+    "pass batches that can be concatenated (inputs of equal shape, or padded with a mask) or a single batch, "
+    "without offload="
+)
 
 
 class Stopped(BaseException):
-    """Ends a parked lane after another one has failed. Not an `Exception`: a model's own handlers must not catch it."""
+    """Ends a forward pass after a failure elsewhere. Not an `Exception`: a model's own handlers must not catch it."""
 
 
-class Lanes:
-    """The lanes of one pass.
+class OnePass:
+    """One batch: the model runs once, in the caller's thread.
 
     Args:
-        count: number of lanes.
-        settle: initialises the layer behind a door, given what waits at it.
-        choose: agrees with the other processes on the next door.
-        parking: what becomes of a lane's activations while it waits.
+        compute: computes the layer at a site.
+        agree: agrees with the other processes on the next site.
+    """
+
+    def __init__(self, compute: Compute, agree: Agree) -> None:
+        self._compute = compute
+        self._agree = agree
+        self._failure: BaseException | None = None
+        self._thread = threading.get_ident()
+
+    def run(self, forward: Callable[[int], Any]) -> None:
+        """Run ``forward(0)``; raise what it, or the computing of any site, raised."""
+        try:
+            forward(0)
+        except BaseException as error:
+            raise self._failure or error from None
+        if self._failure is not None:  # which the model has caught
+            raise self._failure
+        while (site := self._agree(None)) is not None:
+            self._compute(site, {})
+
+    def meet(self, site: int, name: str, payload: Any) -> None:
+        """Compute a site, from inside the forward pass; before it, those that only other processes have met."""
+        try:
+            if threading.get_ident() != self._thread:
+                raise _foreign_thread(name)
+            chosen = None
+            while chosen != site:
+                chosen = self._agree(site)
+                assert chosen is not None
+                self._compute(chosen, {0: payload} if chosen == site else {})
+        except BaseException as error:  # not left to fly through the model, which might catch it
+            self._failure = self._failure or error
+            raise Stopped from error
+
+
+class Interleaved:
+    """Several parts, each in a worker thread of its own; they run in turn and meet at every site.
+
+    Args:
+        count: number of parts.
+        compute: computes the layer at a site.
+        agree: agrees with the other processes on the next site.
+        model: watched for state that one forward pass would leave to another.
+        waiting: what becomes of a part's activations while it waits.
     """
 
     def __init__(
         self,
         count: int,
-        settle: Settle,
-        choose: Choose = lambda door: door,
-        parking: Parking = nullcontext,
+        compute: Compute,
+        agree: Agree,
+        model: nn.Module,
+        waiting: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._count = count
-        self._settle = settle
-        self._choose = choose
-        self._parking = parking
-        self._baton = threading.Condition()
-        self._turn: int | None = None  # until all threads have started
-        self._parked: dict[int, tuple[int, Any]] = {}
-        self._ended: set[int] = set()
-        self._failure: BaseException | None = None
-        self._here = threading.local()
+        self._compute = compute
+        self._agree = agree
+        self._model = model
+        self._waiting = waiting
+        self._workers = [_Worker(part) for part in range(count)]
+        self._by_thread: dict[int, _Worker] = {}
 
     def run(self, forward: Callable[[int], Any]) -> None:
-        """Run ``forward(lane)`` for every lane; raise what any lane, or the settling of any door, raised."""
-        state = _ThreadState()
-        threads = [
-            threading.Thread(target=self._thread, args=(forward, lane, state), name=f"sylinit-lane-{lane}", daemon=True)
-            for lane in range(1, self._count)
-        ]
-        with told_interrupts(self._interrupt):
-            try:
-                for thread in threads:
-                    thread.start()
-                self._turn = 0
-                self._lane(forward, 0)
-            except BaseException as error:
-                self._fail(error)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if self._failure is not None:
-            raise self._failure
-
-    def meet(self, door: int, payload: Any) -> None:
-        """Wait at a door, from inside a lane's forward pass, until its layer is settled."""
-        lane = self._here.lane
-        with self._baton, self._parking(lane):
-            self._parked[lane] = (door, payload)
-            self._pass_on()
-            self._wait_for_turn(lane)
-
-    def _thread(self, forward: Callable[[int], Any], lane: int, state: _ThreadState) -> None:
+        """Run ``forward(part)`` for every part; raise what any of them, or the computing of any site, raised."""
+        context = _ThreadContext()
+        state, flags = State(self._model), read_flags()
         try:
-            with state.restored():
-                self._lane(forward, lane)
-        except BaseException as error:
-            self._fail(error)
+            while True:
+                for worker in self._workers:
+                    if worker.ready:
+                        self._turn(worker, forward, context, state, flags)
+                site = self._agree(min((w.site for w in self._workers if w.site is not None), default=None))
+                if site is None:
+                    return
+                here = [worker for worker in self._workers if worker.site == site]
+                self._compute(site, {worker.part: worker.payload for worker in here})
+                for worker in here:
+                    worker.leave()
+        finally:
+            for worker in self._workers:
+                worker.stop()
 
-    def _lane(self, forward: Callable[[int], Any], lane: int) -> None:
-        self._here.lane = lane
-        with self._baton:
-            self._wait_for_turn(lane)
-        forward(lane)
-        with self._baton:
-            self._ended.add(lane)
-            self._pass_on()
+    def meet(self, site: int, name: str, payload: Any) -> None:
+        """Wait at a site, from inside a part's forward pass, until its layer is computed."""
+        worker = self._by_thread.get(threading.get_ident())
+        if worker is None:
+            error = _foreign_thread(name)
+            for each in self._workers:
+                each.fail(error)
+            raise Stopped from error
+        with self._waiting(worker.part):
+            worker.wait(site, name, payload)
 
-    def _pass_on(self) -> None:
-        """Give the baton to the next lane that can run; settle doors until there is one, or all have ended."""
-        while self._failure is None:
-            ready = [lane for lane in range(self._count) if lane not in self._parked and lane not in self._ended]
-            if ready:
-                self._turn = ready[0]
-                break
-            try:
-                door = self._choose(min((door for door, _ in self._parked.values()), default=None))
-                if door is None:
-                    break
-                waiting = {lane: what for lane, (where, what) in sorted(self._parked.items()) if where == door}
-                self._settle(door, waiting)
-            except BaseException as error:
-                # Not left to fly through the model, which might catch it.
-                self._failure = error
-                raise Stopped from error
-            for lane in waiting:
-                del self._parked[lane]
-        self._baton.notify_all()
+    def _turn(
+        self,
+        worker: _Worker,
+        forward: Callable[[int], Any],
+        context: _ThreadContext,
+        state: State,
+        flags: dict[str, Any],
+    ) -> None:
+        """Let one worker run until it stops at a site or ends, and see that it left nothing for others to find."""
+        watched = worker.part == 0  # what one part's forward writes, all write
+        if watched:
+            state.read()
+        worker.resume(forward, context, self._by_thread)
+        if watched and worker.site is not None:
+            where = f"while one batch waits at layer {worker.name!r}, "
+            if locks := state.held_locks():
+                held = f"the model holds a lock ({locks[0]}), for which the next batch would wait"
+                raise SylinitError(f"{where}{held}; {REMEDY}")
+        if watched and (changed := state.changed()):
+            raise SylinitError(
+                f"batches run interleaved, and the model's forward leaves state in {changed[0]}, which another batch's "
+                f"forward would find; {REMEDY}"
+            )
+        if worker.site is not None and (names := changed_flags(flags)):
+            raise SylinitError(
+                f"the model's forward changes {names[0]} for the whole process, which would mislead the batches that "
+                f"run interleaved with it; {REMEDY}"
+            )
 
-    def _wait_for_turn(self, lane: int) -> None:
-        while self._turn != lane or lane in self._parked:
-            if self._failure is not None:
-                raise Stopped
-            self._baton.wait()
-        if self._failure is not None:
+
+class _Worker:
+    """A thread that runs the model on one part.
+
+    Attributes:
+        part: its number.
+        site: where it waits, or None.
+        name: of that site.
+        payload: what it brought there.
+        ready: whether it can go on.
+    """
+
+    def __init__(self, part: int) -> None:
+        self.part = part
+        self.site: int | None = None
+        self.name = ""
+        self.payload: Any = None
+        self.ready = True
+        self._thread: threading.Thread | None = None
+        self._go: SimpleQueue[bool] = SimpleQueue()
+        self._stopped: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._ending = False
+
+    def resume(
+        self, forward: Callable[[int], Any], context: _ThreadContext, by_thread: dict[int, _Worker]
+    ) -> None:
+        """Let the thread run, and wait until it stops at a site or ends; called in the caller's thread."""
+        self.ready = False
+        if self._thread is None:
+            run = (forward, context, by_thread)
+            self._thread = threading.Thread(target=self._run, args=run, name=f"sylinit-{self.part}", daemon=True)
+            self._thread.start()
+        else:
+            self._go.put(True)
+        error = self._arrival()
+        if error is not None:
+            raise error
+
+    def leave(self) -> None:
+        """Note that the site is computed."""
+        self.site, self.payload, self.ready = None, None, True
+
+    def wait(self, site: int, name: str, payload: Any) -> None:
+        """Stop here; called in the worker's own thread."""
+        self.site, self.name, self.payload = site, name, payload
+        self._pause()
+
+    def fail(self, error: BaseException) -> None:
+        """Hand an error to the caller's thread, as if this worker had met it."""
+        self._stopped.put(error)
+
+    def stop(self) -> None:
+        """End the thread, wherever it waits, and wait for its end."""
+        self._ending = True
+        self._go.put(False)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, forward: Callable[[int], Any], context: _ThreadContext, by_thread: dict[int, _Worker]) -> None:
+        by_thread[threading.get_ident()] = self
+        error: BaseException | None = None
+        try:
+            with context.restored():
+                forward(self.part)
+        except BaseException as caught:
+            error = caught
+        del by_thread[threading.get_ident()]
+        self._stopped.put(error)
+
+    def _pause(self) -> None:
+        if self._ending:
+            raise Stopped
+        self._stopped.put(None)
+        if not self._go.get() or self._ending:
             raise Stopped
 
-    def _fail(self, error: BaseException) -> None:
-        with self._baton:
-            if self._failure is None and not isinstance(error, Stopped):
-                self._failure = error
-            self._baton.notify_all()
-
-    def _interrupt(self, error: BaseException) -> None:
-        """Ctrl-C: raised at once in lane 0's own code; where that waits or has ended, all lanes stop at their doors.
-
-        Only the first one: from then on everything is ending.
-        """
-        first, self._failure = self._failure is None, self._failure or error
-        if first and self._turn == 0 and 0 not in self._parked and 0 not in self._ended:
-            raise error
-        with self._baton:
-            self._baton.notify_all()
+    def _arrival(self) -> BaseException | None:
+        """What the thread says when it stops; an error if it waits for something that cannot come."""
+        used, since = time.process_time(), time.monotonic()
+        while True:
+            try:
+                return self._stopped.get(timeout=1.0)
+            except Empty:
+                if time.process_time() - used > 0.01:
+                    used, since = time.process_time(), time.monotonic()
+                elif time.monotonic() - since > IDLE_SECONDS:
+                    return SylinitError(
+                        f"batches run interleaved, and the model's forward on batch {self.part} waits for something "
+                        f"that another batch holds, such as a lock; {REMEDY}"
+                    )
 
 
-class _ThreadState:
-    """What PyTorch keeps for each thread, read in the caller's thread and set in a lane's."""
+def _foreign_thread(name: str) -> SylinitError:
+    return SylinitError(
+        f"layer {name!r} is called in a thread that the model's forward has made; layers are computed in the order of "
+        "one thread: pass forward= that runs the model without its pool of threads, or initialize before adding it"
+    )
+
+
+class _ThreadContext:
+    """What PyTorch keeps for each thread, read in the caller's thread and set in a worker's."""
 
     def __init__(self) -> None:
         self.grad = torch.is_grad_enabled()

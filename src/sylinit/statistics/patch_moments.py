@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sylinit.layers.views import ConvTransposeView, ConvView, View
+from sylinit.layers.convolution import ConvTransposeView, ConvView
+from sylinit.layers.view import LayerView as View
 from sylinit.statistics.moments import CHUNK, Moments
 
 Strip = tuple[int | slice, ...]

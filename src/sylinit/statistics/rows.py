@@ -1,26 +1,53 @@
-"""What waits at a layer's door, as the layer's rows: which are read, with which targets, and their statistics."""
+"""What waits at a layer, as the layer's rows: which are read, with which targets, and their statistics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sylinit.data.targets import Targets
 from sylinit.errors import SylinitError
-from sylinit.layers.views import ConvView, View
+from sylinit.layers.convolution import ConvView
+from sylinit.layers.view import LayerView
 from sylinit.runtime.processes import Processes
+from sylinit.statistics.alignment import Layout, align, kept_rows, targets_of_rows
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
 from sylinit.statistics.patch_moments import patch_moments, pays, share_for_all
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of the samples of this process.
+
+    Attributes:
+        vectors: targets by batch, ``[samples, *positions, c]``, NaN where there is none; empty without targets.
+        mean: ``[c]``, the mean over all labeled samples of all processes: what a row without a label gets.
+        masks: by batch, bool ``[samples, length]``, true where there is data; None where all of it is.
+        sizes: number of samples by batch.
+    """
+
+    vectors: tuple[Tensor, ...] = ()
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    masks: tuple[Tensor | None, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """c, the length of a target vector; 0 without targets."""
+        return len(self.mean) if self.vectors else 0
+
+    def filled(self, targets: Tensor) -> Tensor:
+        """Targets with the mean in the place of those that are missing."""
+        return torch.where(targets.isnan(), self.mean.to(targets), targets)
+
+
+@dataclass(frozen=True)
 class Part:
-    """What one lane brought.
+    """What one batch brought.
 
     Attributes:
         x: its input.
@@ -36,7 +63,7 @@ class Part:
     targets: Tensor | None
     shared: Tensor | None = None
 
-    def row_targets(self, view: View) -> Tensor:
+    def row_targets(self, view: LayerView) -> Tensor:
         """The targets of the rows, ``[count, c]``."""
         if self.targets is not None:
             return self.targets
@@ -45,27 +72,47 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """The rows of one layer, in all lanes of this process.
+class Rows:
+    """The rows of one layer, in all batches of this process, and their statistics over all processes.
 
     Attributes:
         name: of the layer, for messages.
         view: the layer as a matrix.
-        parts: by lane.
-        used: number of rows read in all processes.
+        parts: by batch.
+        count: number of rows read in all processes.
         width: length of the targets, 0 for none.
         device: of the layer.
+        processes: the group.
     """
 
     name: str
-    view: View
+    view: LayerView
     parts: tuple[Part, ...]
-    used: int
+    count: int
     width: int
     device: torch.device
+    processes: Processes
 
-    def covariance(self, processes: Processes, dtype: torch.dtype = torch.float64) -> Covariance:
-        """Stream the rows into moments, add those of the other processes, and centre; ``dtype``: of `Moments.xx`."""
+    @property
+    def groups(self) -> int:
+        """g."""
+        return self.view.groups
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.view.dim
+
+    def agree(self, good: bool) -> bool:
+        """Whether something holds in all processes."""
+        return all(self.processes.agree(lambda: good))
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Do some local work; if it fails in one process, raise in all."""
+        return self.processes.together(work)
+
+    def covariance(self, dtype: torch.dtype = torch.float64) -> Covariance:
+        """Stream the rows into moments, add those of the other processes, and center; ``dtype``: of `Moments.xx`."""
 
         def local() -> Moments:
             whole = [(part.x, part.shared) for part in self.parts if part.shared is not None]
@@ -80,12 +127,12 @@ class Gathered:
                     sums.update(rows, None if part.targets is None else part.targets[piece])
             return sums
 
-        cov = processes.together(local).reduce(processes.sum_).covariance()
+        cov = self.processes.together(local).reduce(self.processes.sum_).covariance()
         if not bool(cov.xx.diagonal(dim1=1, dim2=2).isfinite().all()):  # what is not finite shows in its own square
             raise SylinitError(not_finite(self.name))
         return cov
 
-    def rows(self, processes: Processes) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, Tensor]:
         """The rows themselves ``[g, n, d]`` and their targets ``[n, c]``, of all processes."""
 
         def local() -> tuple[Tensor, Tensor]:
@@ -98,81 +145,93 @@ class Gathered:
             none = torch.zeros(len(x), self.width, dtype=torch.float64, device=self.device)
             return x, torch.cat(targets) if targets else none
 
-        x, t = processes.together(local)
-        counts = processes.agree(lambda: len(x))
-        return processes.gather(x, counts).transpose(0, 1), processes.gather(t, counts)
+        x, t = self.processes.together(local)
+        counts = self.processes.agree(lambda: len(x))
+        return self.processes.gather(x, counts).transpose(0, 1), self.processes.gather(t, counts)
 
 
-def gather(
+def collect(
     name: str,
-    view: View,
+    view: LayerView,
     waiting: Mapping[int, Any],
-    targets: Targets | None,
+    known: Known,
+    layout: Layout | None,
     budget: Callable[[int, float | None], int | None],
     generator: torch.Generator,
     processes: Processes,
     device: torch.device,
-) -> Gathered:
-    """Choose the rows to read of everything that waits at a door, the same rows however it is cut into batches.
+) -> Rows | None:
+    """Choose the rows to read of everything that waits at a layer, the same rows however it is cut into batches.
 
     Args:
         name: of the layer.
         view: the layer as a matrix.
-        waiting: the layer's input by lane.
-        targets: of this process's batches, or None.
+        waiting: the layer's input by batch.
+        known: of the samples of this process.
+        layout: where the samples were seen to lie in the layer's rows, None if that is not known.
         budget: number of rows to read, from the number there is and, where there is a short way to all of them, the
             share that costs as much; None for all.
         generator: the same in every process.
         processes: the group.
         device: of the layer.
 
-    Raises:
-        SylinitError: fewer than two rows in all.
+    Returns:
+        The rows, or None where there are fewer than two in all.
     """
-    shapes = {lane: view.positions(x) for lane, x in waiting.items()}
-    lengths = {lane: samples * math.prod(positions) for lane, (samples, positions) in shapes.items()}
-    met = processes.agree(lambda: (sum(lengths.values()), all(pays(view, x) for x in waiting.values())))
+    shapes = {batch: view.positions(x) for batch, x in waiting.items()}
+    leads = {batch: (samples, *positions) for batch, (samples, positions) in shapes.items()}
+    layouts = {batch: align(leads[batch], known.sizes[batch], layout) for batch in waiting}
+    kept: dict[int, Tensor | None] = {}
+    for batch, mask in ((batch, known.masks[batch] if known.masks else None) for batch in waiting):
+        found = layouts[batch]
+        kept[batch] = None if mask is None or found is None else kept_rows(mask, leads[batch], found)
+    lengths = {b: math.prod(leads[b]) if (rows := kept[b]) is None else len(rows) for b in waiting}
+    short = all(kept[batch] is None and pays(view, x) for batch, x in waiting.items())
+    met = processes.agree(lambda: (sum(lengths.values()), short))
     counts = [count for count, _ in met]
     total = sum(counts)
     if total < 2:
-        raise SylinitError(
-            f"layer {name!r} has met {total} row of input; a layer is computed from at least 2: pass more samples"
-        )
-    short_way = share_for_all(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
-    index = sample_index(total, budget(total, short_way), generator)
+        return None
+    share = share_for_all(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
+    index = sample_index(total, budget(total, share), generator)
     start = sum(counts[: processes.rank])
     parts = []
-    for lane, x in waiting.items():
-        mine = None
+    for batch, x in waiting.items():
+        at = (x[0] if isinstance(x, tuple) else x).device
+        mine, rows, found = None, kept[batch], layouts[batch]
         if index is not None:
-            mine = index[(index >= start) & (index < start + lengths[lane])] - start
-            mine = mine.to((x[0] if isinstance(x, tuple) else x).device)
+            mine = (index[(index >= start) & (index < start + lengths[batch])] - start).to(at)
+        start += lengths[batch]
+        mine = mine if rows is None else rows if mine is None else rows[mine]
+        count = lengths[batch] if mine is None else len(mine)
+        shared = targets = None
+        vectors = known.vectors[batch] if known.vectors else None
         # Where all patches of a convolution are read, their moments need the targets of the samples only.
-        shared = None
-        if index is None and isinstance(view, ConvView):
-            shared = targets.of_samples(lane, shapes[lane][0]) if targets else _none(shapes[lane][0], device)
-        t = targets.of_rows(lane, shapes[lane], mine) if shared is None and targets is not None else None
-        parts.append(Part(x, mine, lengths[lane] if mine is None else len(mine), t, shared))
-        start += lengths[lane]
-    # Where any lane's rows cannot be matched to samples, no lane of any process has targets.
-    known = all(part.targets is not None or part.shared is not None for part in parts)
-    matched = all(processes.agree(lambda: targets is not None and known))
-    if not matched:
-        parts = [
-            replace(part, targets=None, shared=_none(len(part.shared), device) if part.shared is not None else None)
-            for part in parts
-        ]
-    width = targets.width if targets is not None and matched else 0
-    return Gathered(name, view, tuple(parts), total if index is None else len(index), width, device)
+        if mine is None and isinstance(view, ConvView) and (vectors is None or vectors.ndim == 2):
+            if vectors is None:
+                shared = torch.zeros(leads[batch][0], 0, dtype=torch.float64, device=device)
+            elif found == Layout():
+                shared = known.filled(vectors)
+        if shared is None and vectors is not None and found is not None:
+            targets = known.filled(targets_of_rows(vectors, leads[batch], found, mine))
+        parts.append(Part(x, mine, count, targets, shared))
+    # Where any batch's rows cannot be matched to samples, no batch of any process has targets.
+    wanted = bool(known.vectors)
+    matched = all(part.targets is not None or part.shared is not None for part in parts)
+    if not all(processes.agree(lambda: wanted and matched)):
+        parts = [_without_targets(part, device) for part in parts]
+        wanted = False
+    width = known.width if wanted else 0
+    return Rows(name, view, tuple(parts), total if index is None else len(index), width, device, processes)
 
 
-def _none(samples: int, device: torch.device) -> Tensor:
-    """The targets of samples that have none, ``[samples, 0]``."""
-    return torch.zeros(samples, 0, dtype=torch.float64, device=device)
+def _without_targets(part: Part, device: torch.device) -> Part:
+    none = None if part.shared is None else torch.zeros(len(part.shared), 0, dtype=torch.float64, device=device)
+    return replace(part, targets=None, shared=none)
 
 
-def _pieces(view: View, part: Part) -> Iterator[tuple[Tensor, slice]]:
-    """A lane's rows in pieces of bounded size."""
+def _pieces(view: LayerView, part: Part) -> Iterator[tuple[Tensor, slice]]:
+    """A batch's rows in pieces of bounded size."""
     step = max(1, 4 * CHUNK // (view.groups * view.dim))
     if part.index is None and part.count <= step:
         yield view.rows(part.x, None), slice(None)

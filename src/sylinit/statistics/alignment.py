@@ -1,0 +1,140 @@
+"""Which sample, and which place in it, each of a layer's rows belongs to.
+
+A layer's rows are numbered through its leading dimensions, ``lead = (samples, *positions)`` of its view. One of these
+counts the samples of the batch, alone or folded with something else: windows, frames, views, time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sylinit.layers.view import unravel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples lie: dimension ``axis`` of ``lead`` has ``outer * samples * inner`` entries.
+
+    Attributes:
+        axis: of the leading dimensions.
+        outer: entries counted before the sample (time-major folds, concatenated views).
+        inner: entries counted after it (windows or frames of one sample beside each other).
+    """
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    def fits(self, lead: tuple[int, ...], samples: int) -> bool:
+        """Whether rows can lie so."""
+        return self.axis < len(lead) and lead[self.axis] == self.outer * samples * self.inner
+
+    def locate(self, lead: tuple[int, ...], samples: int, index: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
+        """The sample of each row, its other coordinates, and their sizes.
+
+        Args:
+            lead: the leading dimensions of the layer's input.
+            samples: of the batch.
+            index: int64 row numbers ``[n]``.
+        """
+        places, sizes = list(unravel(index, lead)), list(lead)
+        along = places[self.axis]
+        sample = along.div(self.inner, rounding_mode="floor") % samples
+        folded = [
+            (along.div(self.inner * samples, rounding_mode="floor"), self.outer),
+            (along % self.inner, self.inner),
+        ]
+        kept = [(place, size) for place, size in folded if size > 1]
+        places[self.axis : self.axis + 1] = [place for place, _ in kept]
+        sizes[self.axis : self.axis + 1] = [size for _, size in kept]
+        return sample, places, sizes
+
+
+UNKNOWN = Layout(axis=-1)
+"""Rows that were seen to follow no pattern of samples."""
+
+
+def layout_of(changed: Tensor, lead: tuple[int, ...], samples: int, marked: int) -> Layout | None:
+    """Read the layout off the rows that changed when one sample did.
+
+    Args:
+        changed: bool, ``lead`` or of size 1 where that is not told apart.
+        lead: the leading dimensions of the layer's input.
+        samples: of the batch.
+        marked: the sample that was changed.
+
+    Returns:
+        The layout; `UNKNOWN` where the rows that changed fit none; None where no row changed, or all did because the
+        model mixes its samples, which tells nothing.
+    """
+    if not bool(changed.any()) or bool(changed.all()):
+        return None
+    partial = None
+    for axis, size in enumerate(lead):
+        if size % samples or changed.shape[axis] != size:
+            continue
+        profile = changed.movedim(axis, 0).reshape(size, -1).any(1)
+        for inner in (n for n in range(1, size // samples + 1) if size // samples % n == 0):
+            layout = Layout(axis, size // samples // inner, inner)
+            expected = torch.arange(size, device=profile.device).div(inner, rounding_mode="floor") % samples == marked
+            if torch.equal(profile, expected):
+                return layout
+            if partial is None and not bool(profile[~expected].any()):
+                partial = layout
+    return partial or UNKNOWN
+
+
+def align(lead: tuple[int, ...], samples: int, layout: Layout | None) -> Layout | None:
+    """The layout of a layer's rows: as it was seen, else where a leading dimension counts the samples, else None."""
+    if layout is not None:
+        return layout if layout != UNKNOWN and layout.fits(lead, samples) else None
+    return next((Layout(axis) for axis in (0, 1) if Layout(axis).fits(lead, samples)), None)
+
+
+def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, index: Tensor | None) -> Tensor:
+    """The target of each of a layer's rows.
+
+    A target for the whole sample goes to all of its rows; a target for each position (token, pixel) to the row at the
+    nearest position; a layer without such positions gets the mean over positions.
+
+    Args:
+        vectors: ``[batch, *target positions, c]``.
+        lead: the leading dimensions of the layer's input.
+        layout: where the samples lie in them.
+        index: the rows that were read, or None for all.
+
+    Returns:
+        ``[n, c]``, NaN for rows without a label.
+    """
+    samples, *spots, _ = vectors.shape
+    if index is None:
+        index = torch.arange(math.prod(lead), device=vectors.device)
+    sample, places, sizes = layout.locate(lead, samples, index.to(vectors.device))
+    if not spots:
+        return vectors[sample]
+    if len(spots) != len(sizes):
+        return vectors.flatten(1, -2).nanmean(1)[sample]
+    nearest = [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
+    return vectors[(sample, *nearest)]
+
+
+def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | None:
+    """The rows that hold data rather than padding.
+
+    Args:
+        mask: bool ``[samples, length]``, true where there is data.
+        lead: the leading dimensions of the layer's input.
+        layout: where the samples lie in them.
+
+    Returns:
+        Increasing int64 row numbers, or None where no dimension of the rows is the sequence's.
+    """
+    samples, length = mask.shape
+    sample, places, sizes = layout.locate(lead, samples, torch.arange(math.prod(lead), device=mask.device))
+    if sizes.count(length) != 1:
+        return None
+    return mask[sample, places[sizes.index(length)]].nonzero().squeeze(1)
