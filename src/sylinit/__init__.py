@@ -11,7 +11,8 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
-from sylinit.codes.registry import CODES, Code, LinearCode, mixed, register_code
+from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
+from sylinit.config import Config
 from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.initialize import initialize_
 from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CODES",
     "Code",
+    "Config",
     "LayerReport",
     "LinearCode",
     "ProcessFailedError",

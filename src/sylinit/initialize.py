@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sylinit.codes.registry import Code
+from sylinit.codes import Code
+from sylinit.config import Config
 from sylinit.data.calibration import Data, call_model, read_data
 from sylinit.data.targets import Targets
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
-from sylinit.layer import Solution, approximate_layer, solve_layer, solve_layer_from_rows
+from sylinit.fit import Fit
 from sylinit.layers.views import AttentionOutputView, View
 from sylinit.plan import Door, Plan, make_plan
 from sylinit.report import LayerReport, Report
@@ -27,17 +28,12 @@ from sylinit.runtime.offload import Offload
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Snapshot
 from sylinit.runtime.workers import Lanes
-from sylinit.scaling import check_channels, norm_sums, start_fresh, write_statistics
-from sylinit.solve import Problem, projected_pays
+from sylinit.scaling import check_channels, norm_sums, rescale, start_fresh, write_statistics
+from sylinit.solve import solve
+from sylinit.solvers.problem import Problem, Role
 from sylinit.statistics.rows import Gathered, gather, not_finite, require_finite
 
 Rows = int | Literal["all"] | None
-
-ENCODING_WEIGHT = 4.0
-"""Lambda of a layer before the head, chosen on held-back images: see ``docs/method.md``."""
-
-SAMPLE = 20_000
-"""At most this many rows for codes that are fitted on rows."""
 
 
 def initialize_(
@@ -49,9 +45,10 @@ def initialize_(
     layers: Any = None,
     head: str | None = "auto",
     rows: Rows = None,
-    variance: float = 1.0,
+    variance: float | None = None,
     train_size: int | None = None,
-    solver: str = "auto",
+    solver: str | None = None,
+    config: Config | None = None,
     generator: torch.Generator | None = None,
     group: Any = None,
     offload: bool | Literal["disk"] = False,
@@ -65,9 +62,9 @@ def initialize_(
         minimise  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
 
     and is then scaled to unit output variance and centred. Normalisations with running statistics get those of their
-    input. Where training samples are few (fewer than `plan.FEW`, 3,000) they, and the layers that feed them, also start
-    so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive offset, and
-    filters before it He's length instead of unit variance (`sylinit.scaling`).
+    input. Where training samples are few (fewer than `Config.few_samples`, 3,000) they, and the layers that feed them,
+    also start so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive
+    offset, and filters before it He's length instead of unit variance (`sylinit.scaling`).
     Without labels there is no head: the last layer is computed like the others.
     All or nothing: after any exception the model is bit for bit what it was. (Frozen parameters are never written and
     not copied: what the model's own forward writes into them stays.)
@@ -99,6 +96,7 @@ def initialize_(
             axes (exact), the space of its rows where those are few (exact too), or the leading principal axes and
             conjugate gradients (projected), for wide layers and codes made of leading components; "exact" never
             projects. The report names the route and its residual.
+        config: every constant of the method; the arguments above take precedence.
         generator: source of what is random (sampled rows, random codes); None means a fixed seed.
         group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
         offload: where the activations of batches that wait for the others go: True moves those of a model on a CUDA
@@ -120,6 +118,9 @@ def initialize_(
             model, encoding_weight, variance, head, rows, train_size, solver, generator, offload, progress, forward
         )
     )
+    given: dict[str, Any] = {"encoding_weight": encoding_weight, "head_encoding_weight": encoding_weight}
+    given |= {"rows": rows, "variance": variance, "solver": solver}
+    config = replace(config or Config(), **{name: value for name, value in given.items() if value is not None})
     model = _unwrapped(model)
     shards = processes.together(lambda: Shards(model, processes.ranks))
     snapshot = Snapshot(model, generator)
@@ -133,10 +134,12 @@ def initialize_(
                 seed = int(torch.randint(2**62, (), generator=source, device=source.device))
                 data = read_data(model, batches, processes, seed, custom=forward is not None)
                 plan = processes.together(
-                    lambda: make_plan(model, layers, code, head, data.kind, data.samples, train_size)
+                    lambda: make_plan(
+                        model, layers, code, head, data.kind, data.samples, train_size, config.few_samples
+                    )
                 )
                 parked = _offload(offload, plan, len(data.batches))
-                settings = _Settings(encoding_weight, variance, rows, solver, progress)
+                settings = _Settings(config, progress)
                 run = _Pass(plan, data, processes, snapshot, settings, parked)
                 run.through(model, forward)
                 notes = (*plan.notes, *run.doubts())
@@ -166,17 +169,8 @@ def initialize_(
 class _Settings:
     """What the user asked for."""
 
-    encoding_weight: float | None
-    variance: float
-    rows: Rows
-    solver: str
+    config: Config
     progress: Callable[[int, int, str], None] | None
-
-    def weight_of(self, door: Door) -> float | None:
-        """Lambda of a layer; None where it is to be chosen."""
-        if self.encoding_weight is None and not door.head:
-            return ENCODING_WEIGHT
-        return self.encoding_weight
 
     def budget(self, view: View, needs: str, total: int, short_way: float | None) -> int | None:
         """How many of ``total`` rows to read for a layer; None for all.
@@ -187,10 +181,11 @@ class _Settings:
             total: the rows that there are.
             short_way: the share of them that costs as much as all do, where there is such a way to all.
         """
-        budget = default_rows(view.dim) if self.rows is None else self.rows
+        config = self.config
+        budget = default_rows(view.dim, config) if config.rows is None else config.rows
         if needs == "rows":
-            return SAMPLE if budget == "all" else min(SAMPLE, budget)
-        if budget == "all" or (self.rows is None and short_way is not None and budget >= short_way * total):
+            return config.max_fitted_rows if budget == "all" else min(config.max_fitted_rows, budget)
+        if budget == "all" or (config.rows is None and short_way is not None and budget >= short_way * total):
             return None
         return budget
 
@@ -342,7 +337,7 @@ class _Pass:
         self._snapshot.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
         reason = "running statistics"
-        if door.held and start_fresh(norm):
+        if door.held and start_fresh(norm, self._settings.config.norm_scale, self._settings.config.norm_offset):
             self._snapshot.keep(norm.weight, norm.bias)
             reason += f", weight {norm.weight[0]:g}, bias {norm.bias[0]:g}"
         return LayerReport(door.name, door.kind, "recalibrated", reason, rows=int(sums[0, 0]))
@@ -365,41 +360,15 @@ class _Pass:
             door.device,
         )
         code, note = _code_for(door, gathered)
-        problem = Problem(
-            door.name,
-            code,
-            view.units,
-            self._settings.weight_of(door),
-            self._settings.variance,
-            seed + 1,
-            self._role(door),
-        )
-        if use_rows(code, gathered.used, view.dim):
-            rows, targets = gathered.rows(self._processes)
-            solution = self._processes.together(lambda: solve_layer_from_rows(rows, targets, problem))
-        else:
-            solution = self._from_moments(gathered, problem)
+        problem = Problem(door.name, code, view.units, seed + 1, self._role(door))
+        config = self._settings.config
+        fit = solve(gathered, problem, config)
+        fit = self._processes.together(lambda: rescale(fit, problem.role, config))
         return self._write(
             door,
-            solution,
-            LayerReport(door.name, door.kind, "initialised", note, code=code.name, rows=gathered.used),
+            fit,
+            LayerReport(door.name, door.kind, "initialised", note, code=code.name, rows=gathered.count),
         )
-
-    def _from_moments(self, gathered: Gathered, problem: Problem) -> Solution:
-        """By the projected route, which needs float32 moments only, where that pays and serves; exactly elsewhere."""
-        note = ""
-        chosen = problem.encoding_weight is None  # which takes all axes
-        pays = projected_pays(problem.code, problem.units, gathered.view.dim)
-        if self._settings.solver == "auto" and pays and not chosen:
-            rough = gathered.covariance(self._processes, torch.float32)
-            solution, note = self._processes.together(lambda: approximate_layer(rough, problem))
-            if all(self._processes.agree(lambda: solution is not None)):
-                assert solution is not None
-                return solution
-            del rough
-        cov = gathered.covariance(self._processes)
-        exact = self._processes.together(lambda: solve_layer(cov, problem))
-        return replace(exact, note="; ".join(filter(None, (exact.note, note))))
 
     def _targets(self, door: Door) -> Targets | None:
         """What the layer's code is to be told about each sample."""
@@ -409,20 +378,22 @@ class _Pass:
             return self._data.one_hot(max(2, door.view.units if door.view else 0))
         return self._data.targets
 
-    def _role(self, door: Door) -> str:
+    def _role(self, door: Door) -> Role:
         """What the layer's outputs are."""
         if door.head:
             return "logits" if self._data.kind.categorical else "values"
         return "directions" if door.held else "units"
 
-    def _write(self, door: Door, solution: Solution, record: LayerReport) -> LayerReport:
+    def _write(self, door: Door, fit: Fit, record: LayerReport) -> LayerReport:
         """Write a solution into the module; every process writes the numbers of the first."""
         view = door.view
         assert view is not None
-        alive = solution.alive
+        alive = fit.alive
         if not bool(alive.any()):
             return replace(record, action="left alone", reason="its input is constant on the calibration data", code="")
-        weight, bias = solution.weight, solution.bias
+        weight, bias = fit.weight, fit.bias
+        assert bias is not None
+        assert fit.dead is not None
         if not bool(alive.all()):
             kept = f"{int((~alive).sum())} of {view.groups} groups have a constant input and keep their weights"
             record = replace(record, reason=kept)
@@ -439,14 +410,14 @@ class _Pass:
         return replace(
             record,
             shape=(view.groups, view.units, view.dim),
-            reason="; ".join(filter(None, (record.reason, solution.note))),
-            solver=solution.route,
-            encoding_weight=solution.encoding_weight,
-            rank=solution.rank,
-            residual=float(solution.residual),
-            encoding_error=float(solution.encoding_error),
-            decoding_error=float(solution.decoding_error),
-            dead_units=float(solution.dead.double().mean()),
+            reason="; ".join(filter(None, (record.reason, fit.note))),
+            solver=fit.solver,
+            encoding_weight=fit.encoding_weight,
+            rank=fit.rank,
+            residual=fit.residual,
+            encoding_error=fit.encoding_error,
+            decoding_error=fit.decoding_error,
+            dead_units=float(fit.dead.double().mean()),
         )
 
 
@@ -473,14 +444,9 @@ def _offload(asked: bool | str, plan: Plan, lanes: int) -> Offload | None:
     return Offload(device, "disk" if asked == "disk" else "cpu")
 
 
-def default_rows(dim: int) -> int:
+def default_rows(dim: int, config: Config) -> int:
     """Rows of input to read for a layer of ``dim`` inputs, where the user does not say."""
-    return max(4096, 8 * dim)
-
-
-def use_rows(code: Code, count: int, dim: int) -> bool:
-    """Whether a layer is solved from its rows: few rows in many dimensions, or a code that is fitted on rows."""
-    return code.needs == "rows" or count < dim
+    return max(config.min_rows, config.rows_per_input * dim)
 
 
 def _code_for(door: Door, gathered: Gathered) -> tuple[Code, str]:
@@ -525,7 +491,7 @@ def _check_arguments(
     if not isinstance(model, nn.Module):
         raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, value in (("encoding_weight", encoding_weight), ("variance", variance)):
-        if value is None and name == "encoding_weight":
+        if value is None:
             continue
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise SylinitError(f"{name} must be a positive finite number, got {value!r}")
@@ -537,7 +503,7 @@ def _check_arguments(
         train_size is None or (isinstance(train_size, int) and not isinstance(train_size, bool) and train_size > 0)
     ):
         raise SylinitError(f"train_size must be a positive integer or None, got {train_size!r}")
-    if solver not in ("auto", "exact"):
+    if solver is not None and solver not in ("auto", "exact"):
         raise SylinitError(f"solver must be 'auto' or 'exact', got {solver!r}")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SylinitError(f"generator must be a torch.Generator or None, got {generator!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sylinit.codes.registry import CODES, Code, as_code, select_target
+from sylinit.codes import CODES, HEAD, Code, as_code
 from sylinit.data.targets import TargetKind
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
 from sylinit.layers.views import ConvView, View, views_of
@@ -52,22 +52,9 @@ class Door:
         return next(tensor.device for tensor in (*self.module.parameters(), *self.module.buffers()))
 
 
-FEW = 3000
-"""Fewer training samples than these are few.
-
-Normalisations, and the layers that feed them, then start so that training moves them little: long filters, half scale,
-an offset, and more label units (`sylinit.scaling`, `NORMALISED_LABEL_SHARE`). That starts better, and
-ends better while labels are few. With more, what moves learns.
-"""
-
-
 def feeds_normalisation(view: View | None) -> bool:
     """Whether a layer's outputs feed a normalisation: a convolution without a bias is taken to."""
     return isinstance(view, ConvView) and not view.has_bias
-
-
-HEAD = Code("head", select_target, "moments", labels=True, leading=1.0)
-"""The code of a head: the targets themselves."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,14 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, layers: Any, code: Any, head: str | None, kind: TargetKind, samples: int, train_size: int | None
+    model: nn.Module,
+    layers: Any,
+    code: Any,
+    head: str | None,
+    kind: TargetKind,
+    samples: int,
+    train_size: int | None,
+    few_samples: int,
 ) -> Plan:
     """Find every layer, decide what happens to it, and refuse what cannot be done.
 
@@ -96,13 +90,14 @@ def make_plan(
         kind: of the targets.
         samples: that calibrate it.
         train_size: how many it will be trained on; None for the same.
+        few_samples: fewer than so many are few.
 
     Raises:
         SylinitError: an unknown layer or code, a frozen, meta-device or quantised layer among those selected, a code
             that needs labels without labels, a label out of range, or nothing to initialise.
     """
     views, norms, left = _find(model)
-    few = (train_size or samples) < FEW
+    few = (train_size or samples) < few_samples
     modules = {name or ROOT: module for name, module in model.named_modules()}
     names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
     chosen = selector(layers, names)
@@ -125,7 +120,7 @@ def make_plan(
         owners.update({_memory(parameter): view.name for parameter in view.parameters})
         is_head = view is head_view
         held = few and not is_head and feeds_normalisation(view)
-        its_code = HEAD if is_head else _with_targets(_in_place(code_of(view.name), held), view.name, kind)
+        its_code = HEAD if is_head else _with_targets(code_of(view.name), view.name, kind)
         doors.append(Door(view.name, view.module, view, its_code, is_head, held=held))
     _refuse(left, modules, chosen)
     if not doors:
@@ -143,7 +138,7 @@ def make_plan(
     if train_size is None and any(door.held for door in doors):
         notes.append(
             f"{samples} samples are few: normalisations and what feeds them will move little in training; "
-            f"pass train_size= if it is on {FEW:,} or more"
+            f"pass train_size= if it is on {few_samples:,} or more"
         )
     rivals = fitting(views, kind) if head == "auto" and head_view is not None else ()
     return Plan(tuple(doors), tuple(left), tuple(notes), frozenset(v.name for v in rivals if v is not head_view))
@@ -184,11 +179,6 @@ def _codes(code: Any, names: list[str]) -> Any:
         require_match(pattern, names, "code")
     table = [(pattern, as_code(value)) for pattern, value in code.items()]
     return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
-
-
-def _in_place(code: Code, held: bool) -> Code:
-    """The code itself, or the one that takes its place in layers that feed a normalisation where samples are few."""
-    return code.normalised if code.normalised and held else code
 
 
 def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:

@@ -1,8 +1,8 @@
-"""After the solve: the scale of each unit, its bias, the head's temperature, the statistics of normalisation layers."""
+"""After the solve: the scale of each unit, its bias, the head's temperature, the statistics of normalization layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,14 +10,62 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from sylinit.config import Config
 from sylinit.errors import SylinitError
-from sylinit.statistics.moments import Covariance
+from sylinit.fit import Fit
+from sylinit.solvers.problem import Role
 
-FLOOR = 0.1
-"""Variance along a unit's direction is taken to be at least this share of the mean over all directions."""
 
-LOGIT_DEVIATION = 0.5
-"""Root mean square of a classifier's centred logits at the start."""
+def rescale(fit: Fit, role: Role, config: Config) -> Fit:
+    """Scale each unit of a solution and give it the bias that centers it.
+
+    * "units": output variance `Config.variance`, by ``w sqrt(variance) / (|w| s)`` with
+      ``s^2 = max(u^T Cov u, variance_floor tr(Cov) / d)`` and ``u = w / |w|``; mean output zero.
+    * "directions": Euclidean length `Config.filter_length`; mean output zero.
+    * "logits": one scale for all, so that their centered root mean square is `Config.logit_deviation`.
+    * "values": each output's least-squares slope on its target, ``cov(t, y) / var(y)``; its mean is the target's.
+
+    Args:
+        fit: as a solver returned it.
+        role: what the outputs are.
+        config: the constants of the method.
+
+    Returns:
+        The fit with ``weight [g, k, d]``, bias, dead units and rank.
+    """
+    cov, spread, weight = fit.statistics, fit.output_variance, fit.weight
+    assert cov is not None
+    assert spread is not None
+    tiny = torch.finfo(weight.dtype).tiny
+    offset: Tensor | float = 0.0
+    if role == "logits":
+        dead = spread <= 0
+        factor = config.logit_deviation / spread.mean().clamp(min=tiny).sqrt().expand_as(spread)
+    elif role == "values":
+        dead = spread <= 0
+        factor = (weight * cov.xt.mT).sum(2) / spread.clamp(min=tiny)
+        offset = cov.mean_t
+    else:
+        length = weight.norm(dim=2)
+        dead = length <= tiny
+        length = length.masked_fill(dead, 1)
+        if role == "directions" and config.filter_length is not None:
+            factor = config.filter_length / length
+        else:
+            floor = (config.variance_floor * cov.variance).clamp(min=tiny).unsqueeze(1)
+            factor = (config.variance / torch.maximum(spread / length.square(), floor)).sqrt() / length
+    weight = weight * factor.unsqueeze(2)
+    rank = numerical_rank(weight)
+    weight = cov.from_coordinates(weight)
+    bias = offset - (weight @ cov.mean_x.unsqueeze(2)).squeeze(2)
+    return replace(fit, weight=weight, bias=bias, dead=dead, rank=rank, statistics=None, output_variance=None)
+
+
+def numerical_rank(weight: Tensor) -> int:
+    """Numerical rank of ``[g, k, d]``, summed over groups, from the smaller of the two Gram matrices."""
+    small = weight if weight.shape[1] <= weight.shape[2] else weight.mT
+    return int(torch.linalg.matrix_rank(small @ small.mT, hermitian=True, rtol=1e-10).sum())
+
 
 NORM_SCALE = 0.5
 """Weight of a normalisation layer at the start, instead of one, where training samples are few.
@@ -32,67 +80,6 @@ NORM_OFFSET = 0.5
 A rectifier behind it then passes 69 % of a Gaussian signal instead of a half. Each rectifier drops part of what the
 units told apart; in a deep network that adds up. Where no rectifier follows, the next layer takes the offset off again.
 """
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Scaled ``weight [g, k, d]``, the ``offset [g, k]`` of its mean output, and which units are ``dead [g, k]``."""
-
-    weight: Tensor
-    offset: Tensor
-    dead: Tensor
-
-
-def calibrate_units(weight: Tensor, cov: Covariance, variance: float) -> Calibrated:
-    """Scale each unit to output variance ``variance`` on the calibration rows; its mean output is to be zero.
-
-    ``w <- w sqrt(variance) / (|w| s)`` with ``s^2 = max(u^T Cov u, FLOOR tr(Cov) / d)``, ``u = w / |w|``.
-    The floor keeps a direction of noise from being blown up.
-
-    Args:
-        weight: ``[g, k, d]``.
-        cov: of the rows.
-        variance: of each unit's output; positive.
-    """
-    tiny = torch.finfo(weight.dtype).tiny
-    length = weight.norm(dim=2, keepdim=True)
-    direction = weight / length.clamp(min=tiny)
-    along = output_variance(direction, cov).unsqueeze(2)
-    floor = (FLOOR * cov.variance).clamp(min=tiny).view(-1, 1, 1)
-    scaled = direction * (variance / torch.maximum(along, floor)).sqrt()
-    return Calibrated(scaled, torch.zeros_like(scaled[:, :, 0]), (length <= tiny).squeeze(2))
-
-
-def calibrate_directions(weight: Tensor, length: float = 2**0.5) -> Calibrated:
-    """Give every unit the Euclidean length that He's start gives it, sqrt(2), where training should move it little.
-
-    Normalisation undoes their scale, so it changes nothing in the function. But the longer a unit, the smaller its step
-    in training: a unit along a strong direction, scaled to unit variance, would be short and move far at each step.
-    """
-    size = weight.norm(dim=2, keepdim=True)
-    tiny = torch.finfo(weight.dtype).tiny
-    return Calibrated(
-        weight * (length / size.clamp(min=tiny)), torch.zeros_like(weight[:, :, 0]), (size <= tiny).squeeze(2)
-    )
-
-
-def calibrate_logits(weight: Tensor, cov: Covariance, deviation: float = LOGIT_DEVIATION) -> Calibrated:
-    """Keep the head's direction: one scale for all logits, so that their centred root mean square is ``deviation``."""
-    spread = output_variance(weight, cov)
-    scale = deviation / spread.mean().clamp(min=torch.finfo(weight.dtype).tiny).sqrt()
-    return Calibrated(weight * scale, torch.zeros_like(spread), spread <= 0)
-
-
-def calibrate_regression(weight: Tensor, cov: Covariance) -> Calibrated:
-    """Scale each output to its least-squares slope on the target, ``cov(t, y) / var(y)``; its mean is the target's."""
-    spread = output_variance(weight, cov)
-    slope = (weight * cov.xt.mT).sum(2) / spread.clamp(min=torch.finfo(weight.dtype).tiny)
-    return Calibrated(weight * slope.unsqueeze(2), cov.mean_t.expand_as(spread), spread <= 0)
-
-
-def output_variance(weight: Tensor, cov: Covariance) -> Tensor:
-    """Output variance of each unit, ``diag(W Cov W^T)``, shape ``[g, k]``."""
-    return ((weight.to(cov.xx) @ cov.xx) * weight).sum(2).clamp(min=0)
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -148,10 +135,10 @@ def write_statistics(module: Any, sums: Tensor) -> None:
 
 
 @torch.no_grad()
-def start_fresh(module: Any) -> bool:
+def start_fresh(module: Any, scale: float = NORM_SCALE, offset: float = NORM_OFFSET) -> bool:
     """Set weight and bias of a normalisation layer that is as PyTorch makes it: weight one, bias zero.
 
-    The weight becomes `NORM_SCALE`, the bias `NORM_OFFSET` of it.
+    The weight becomes ``scale``, the bias ``offset`` of it.
 
     Returns:
         Whether it was; one that has been trained, frozen or started otherwise (at zero, say) is left as it is.
@@ -159,7 +146,7 @@ def start_fresh(module: Any) -> bool:
     weight, bias = module.weight, module.bias
     if weight is None or not weight.requires_grad or bool((weight != 1).any() | (bias != 0).any()):
         return False
-    weight.fill_(NORM_SCALE)
+    weight.fill_(scale)
     if bias.requires_grad:
-        bias.fill_(NORM_OFFSET * NORM_SCALE)
+        bias.fill_(offset * scale)
     return True

@@ -4,7 +4,7 @@ With ``A = U diag(a) U^T`` the equation ``A W + W (lambda Cov) = C`` falls apart
 ``U^T W``: ``(a_i + lambda Cov) w_i = c_i``. Two facts make them cheap, in float32.
 
 * Units of equal variance that do not correlate have the same ``a``, as the principal components of the default code
-  do. This *crowd* shares one matrix: one factorisation, ``d^3 / 3`` operations, solves it.
+  do. They share one system: one factorization, ``d^3 / 3`` operations, solves it.
 * The variances of a layer's input span three or more decades, but few of its directions are large. On those, the
   leading principal subspace, any of the systems is inverted exactly; on the rest its eigenvalues lie between ``a_i``
   and ``a_i + lambda v``, with v the variance at the cut, and a few conjugate gradients suffice: ``2 k d^2`` each.
@@ -21,13 +21,6 @@ from sylinit.linalg.conjugate_gradients import conjugate_gradients
 from sylinit.linalg.eigh import robust_eigh
 from sylinit.linalg.subspace import Subspace
 from sylinit.linalg.sylvester import pair_inverse
-
-TOLERANCE = 1e-3
-"""The relative residual at which an approximate solution is as good as the exact one for a start of training."""
-
-
-CROWD = 24
-"""One factorisation is cheaper than conjugate gradients, of about four steps, for more than d / 24 systems."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,9 @@ def solve_projected(
     subspace: Subspace,
     *,
     encoding_weight: float,
-    tolerance: float = TOLERANCE,
+    tolerance: float = 1e-3,
     max_steps: int = 30,
+    shared_factor_inputs: int = 24,
 ) -> Approximation:
     """Solve ``A W + W (lambda Cov) = C`` to a relative residual of ``tolerance``.
 
@@ -68,6 +62,7 @@ def solve_projected(
         encoding_weight: lambda.
         tolerance: where to stop; float32 reaches about 1e-5.
         max_steps: where to give up. The residual tells whether it came to that: solve exactly then.
+        shared_factor_inputs: one factorization is taken for more than d over this many units that share a system.
 
     Returns:
         The solution in the dtype of ``c``, and its true residual.
@@ -90,16 +85,16 @@ def solve_projected(
     b, q, scale = covariance.float(), subspace.basis, encoding_weight / unit  # lambda Cov / unit = scale b
     inside = pair_inverse(a, subspace.variances * scale).float()
     outside = pair_inverse(a, subspace.rest.view(1) * scale).float()
-    crowd, a, scale = _crowd(a), a.float().unsqueeze(1), scale.float()
+    shared, a, scale = _shared_system(a), a.float().unsqueeze(1), scale.float()
     together = None
-    if CROWD * (crowd.stop - crowd.start) > len(b):
-        together = _factorised(b, a[crowd].mean() / scale, right[crowd] / scale)
+    if shared_factor_inputs * (shared.stop - shared.start) > len(b):
+        together = _factorized(b, a[shared].mean() / scale, right[shared] / scale)
     alone = torch.ones(len(a), dtype=torch.bool, device=a.device)
-    alone[crowd] = together is None
+    alone[shared] = together is None
     w = torch.empty_like(right)
     w[alone] = (inside[alone] * (right[alone] @ q)) @ q.T
     if together is not None:
-        w[crowd] = together
+        w[shared] = together
     r = right - a * w - scale * (w @ b)
 
     left = r.norm(dim=1) > 5 * small
@@ -124,7 +119,7 @@ def solve_projected(
     return Approximation(weight * (norm / unit), left_over * norm, left_over.norm().double(), steps)
 
 
-def _crowd(a: Tensor) -> slice:
+def _shared_system(a: Tensor) -> slice:
     """The largest set of neighbours in ascending ``a`` that agree to a thousandth."""
     stop = torch.searchsorted(a, a * 1.001, right=True)
     size = stop - torch.arange(len(a), device=a.device)
@@ -132,7 +127,7 @@ def _crowd(a: Tensor) -> slice:
     return slice(start, int(stop[start]))
 
 
-def _factorised(b: Tensor, a: Tensor, right: Tensor) -> Tensor | None:
+def _factorized(b: Tensor, a: Tensor, right: Tensor) -> Tensor | None:
     """``right (a + b)^-1`` by a Cholesky factor, or None where float32 does not find one."""
     diagonal = b.diagonal()
     kept = diagonal.clone()

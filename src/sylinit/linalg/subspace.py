@@ -9,35 +9,44 @@ from torch import Tensor
 
 from sylinit.linalg.eigh import robust_eigh
 
-COLUMNS = 4096
-"""Columns of the rows that are converted to float64 at once."""
-
 
 @torch.no_grad()
-def row_space(rows: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
+def row_axes(rows: Tensor, rtol: float, columns: int = 4096) -> tuple[Tensor, Tensor]:
     """Principal axes of few rows in many dimensions, from their n x n Gram matrix; nothing d x d is formed.
 
     With ``X X^T = P diag(s^2) P^T``, the basis is ``Q = X^T P / s`` and the coordinates are ``X Q = P s``. Exact for
     the Sylvester equation of these rows: its minimum-norm solution has no part outside their span.
 
     Args:
-        rows: centred, ``[n, d]``, with n < d for this to pay.
-        rtol: axes whose variance is below this share of the largest are dropped.
+        rows: centered, ``[..., n, d]``, with n < d for this to be worth its while.
+        rtol: axes whose variance is below this share of the largest are null axes.
+        columns: of the rows that are converted to float64 at once.
 
     Returns:
-        The basis ``[d, r]`` and the coordinates ``[n, r]``, float64, largest variance first; the largest entry of each
-        axis is positive.
+        The basis ``[..., d, n]`` and the coordinates ``[..., n, n]``, float64, largest variance first, both zero on
+        null axes; the largest entry of each axis is positive.
     """
-    pieces = rows.split(COLUMNS, dim=1)
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    pieces = rows.split(columns, dim=-1)
+    gram = rows.new_zeros(*rows.shape[:-1], rows.shape[-2], dtype=torch.float64)
     for piece in pieces:
         wide = piece.double()
-        gram.addmm_(wide, wide.T)
+        gram += wide @ wide.mT
     squares, left = robust_eigh(gram)
-    keep = squares > rtol * squares[-1].clamp(min=torch.finfo(gram.dtype).tiny)
-    left, sizes = left[:, keep].flip(1), squares[keep].sqrt().flip(0)
-    basis = torch.cat([piece.double().T @ (left / sizes) for piece in pieces])
-    return basis * signs(basis), left * sizes * signs(basis)
+    squares, left = squares.flip(-1), left.flip(-1)
+    null = squares <= rtol * squares[..., :1].clamp(min=torch.finfo(gram.dtype).tiny)
+    sizes = squares.masked_fill(null, 0).sqrt().unsqueeze(-2)
+    inverse = torch.where(sizes > 0, 1 / sizes, 0)
+    basis = torch.cat([piece.double().mT @ (left * inverse) for piece in pieces], -2)
+    sign = signs(basis)
+    return basis * sign, left * sizes * sign
+
+
+@torch.no_grad()
+def row_space(rows: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
+    """The axes of `row_axes` without null axes, of one matrix of rows ``[n, d]``: ``[d, r]`` and ``[n, r]``."""
+    basis, coordinates = row_axes(rows, rtol)
+    keep = coordinates.any(0)
+    return basis[:, keep], coordinates[:, keep]
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Subspace:
 
 @torch.no_grad()
 def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator, *, steps: int = 2) -> Subspace:
-    """Randomised subspace iteration: ``steps`` products with the covariance instead of its eigendecomposition.
+    """Randomized subspace iteration: ``steps`` products with the covariance instead of its eigendecomposition.
 
     The products run in float32, whose rounding costs the orthonormality and the variances their seventh digit; which
     directions near the cut are found is far less certain than that. Ask for a tenth more than are needed. The start is

@@ -2,7 +2,7 @@
 
 With ``z = [1, x, t]`` (a row of input and its target), everything that a linear code needs is
 ``G = sum z z^T``. `Moments` holds the blocks of ``G`` as raw sums: they add, whatever the order, the batch size
-or the machine. `Covariance` is what remains after centring.
+or the machine. `Covariance` is what remains after centering.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Moments:
         return self
 
     def covariance(self) -> Covariance:
-        """Centre the sums and divide them by the count."""
+        """Center the sums and divide them by the count."""
         count = self.count.clamp(min=1)
         mean_x, mean_t = self.sum_x / count, self.sum_t / count
         mean = mean_x.to(self.xx)
@@ -126,7 +126,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Covariance:
-    """Means and centred second moments, divided by the number of rows; float64, ``xx`` perhaps float32.
+    """Means and centered second moments, divided by the number of rows; float64, ``xx`` perhaps float32.
 
     Attributes:
         dim: d, the number of coordinates of a row.
@@ -135,7 +135,9 @@ class Covariance:
         mean_t: ``[c]``.
         xx: ``[g, d, d]``, the covariance of the rows.
         xt: ``[g, d, c]``, the covariance of rows with targets.
-        tt: ``[c, c]``, the covariance of the targets.
+        tt: ``[c, c]``, the covariance of the targets; like `mean_t` with a leading g where each group has its own.
+        basis: ``[g, d, r]``, orthonormal axes in which `xx` and `xt` are given, d having become r; None for the
+            coordinates of the rows themselves.
     """
 
     dim: int
@@ -145,11 +147,37 @@ class Covariance:
     xx: Tensor
     xt: Tensor
     tt: Tensor
+    basis: Tensor | None = None
+
+    def from_coordinates(self, weight: Tensor) -> Tensor:
+        """A weight ``[g, k, r]`` on the axes of `basis` as one on the rows themselves, ``[g, k, d]``."""
+        return weight if self.basis is None else weight @ self.basis.mT
 
     @property
     def variance(self) -> Tensor:
         """Mean variance of a coordinate of ``x``, ``tr(xx) / d``, shape ``[g]``: the square of ``x``'s RMS."""
         return self.xx.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) / self.dim
+
+
+def row_covariance(rows: Tensor, targets: Tensor) -> Covariance:
+    """The covariance of rows that are at hand as a whole.
+
+    Args:
+        rows: ``[g, n, d]``.
+        targets: ``[g, n, c]``, of each group.
+    """
+    count = rows.shape[1]
+    mean_x, mean_t = (z.mean(1, keepdim=True, dtype=torch.float64) for z in (rows, targets))
+    x, t = rows - mean_x, targets - mean_t
+    return Covariance(
+        dim=rows.shape[2],
+        count=mean_x.new_tensor(count),
+        mean_x=mean_x.squeeze(1),
+        mean_t=mean_t.squeeze(1),
+        xx=x.mT @ x / count,
+        xt=x.mT @ t / count,
+        tt=t.mT @ t / count,
+    )
 
 
 def sample_index(total: int, budget: int | None, generator: torch.Generator) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from sylinit.layers.views import ConvView, View
 from sylinit.runtime.processes import Processes
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
 from sylinit.statistics.patch_moments import patch_moments, pays, share_for_all
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,39 @@ class Gathered:
         name: of the layer, for messages.
         view: the layer as a matrix.
         parts: by lane.
-        used: number of rows read in all processes.
+        count: number of rows read in all processes.
         width: length of the targets, 0 for none.
         device: of the layer.
+        processes: the group.
     """
 
     name: str
     view: View
     parts: tuple[Part, ...]
-    used: int
+    count: int
     width: int
     device: torch.device
+    processes: Processes
 
-    def covariance(self, processes: Processes, dtype: torch.dtype = torch.float64) -> Covariance:
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.view.groups
+
+    @property
+    def dim(self) -> int:
+        """Inputs of each group."""
+        return self.view.dim
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do local work; if it fails in one process, raise in all."""
+        return self.processes.together(work)
+
+    def agree(self, held: bool) -> bool:
+        """Whether it holds in all processes."""
+        return all(self.processes.agree(lambda: held))
+
+    def covariance(self, dtype: torch.dtype = torch.float64) -> Covariance:
         """Stream the rows into moments, add those of the other processes, and centre; ``dtype``: of `Moments.xx`."""
 
         def local() -> Moments:
@@ -80,12 +102,12 @@ class Gathered:
                     sums.update(rows, None if part.targets is None else part.targets[piece])
             return sums
 
-        cov = processes.together(local).reduce(processes.sum_).covariance()
+        cov = self.processes.together(local).reduce(self.processes.sum_).covariance()
         if not bool(cov.xx.diagonal(dim1=1, dim2=2).isfinite().all()):  # what is not finite shows in its own square
             raise SylinitError(not_finite(self.name))
         return cov
 
-    def rows(self, processes: Processes) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, Tensor]:
         """The rows themselves ``[g, n, d]`` and their targets ``[n, c]``, of all processes."""
 
         def local() -> tuple[Tensor, Tensor]:
@@ -98,9 +120,9 @@ class Gathered:
             none = torch.zeros(len(x), self.width, dtype=torch.float64, device=self.device)
             return x, torch.cat(targets) if targets else none
 
-        x, t = processes.together(local)
-        counts = processes.agree(lambda: len(x))
-        return processes.gather(x, counts).transpose(0, 1), processes.gather(t, counts)
+        x, t = self.processes.together(local)
+        counts = self.processes.agree(lambda: len(x))
+        return self.processes.gather(x, counts).transpose(0, 1), self.processes.gather(t, counts)
 
 
 def gather(
@@ -163,7 +185,7 @@ def gather(
             for part in parts
         ]
     width = targets.width if targets is not None and matched else 0
-    return Gathered(name, view, tuple(parts), total if index is None else len(index), width, device)
+    return Gathered(name, view, tuple(parts), total if index is None else len(index), width, device, processes)
 
 
 def _none(samples: int, device: torch.device) -> Tensor:

@@ -1,0 +1,224 @@
+"""Codes that are linear in a row and its target, ``S = on_x x' + on_t t``: second moments are all that they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sylinit.codes.registry import CODES, Code, register_code
+from sylinit.config import Config
+from sylinit.errors import SylinitError
+from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.orthogonal import orthogonal_rows
+from sylinit.statistics.axes import Axes
+
+
+@dataclass(frozen=True)
+class LinearCode:
+    """The code ``S = on_x x' + on_t t``: ``on_x [g, k, r]`` in principal axes, ``on_t [g, k, c]``."""
+
+    on_x: Tensor
+    on_t: Tensor
+
+
+def linear_code(
+    code: Code, layer: str, axes: Axes, units: int, generator: torch.Generator, config: Config
+) -> LinearCode:
+    """Run the function of a code with ``needs="moments"`` and check what it returns.
+
+    Args:
+        code: one whose share of label units is settled.
+        layer: the layer's name, for the message.
+        axes: the layer's statistics.
+        units: k, of each group.
+        generator: for what is random in it.
+        config: the constants of the method.
+
+    Raises:
+        SylinitError: the result is no `LinearCode` of the right shapes.
+    """
+    result = code.call(layer, axes, units=units, generator=generator, label_share=code.label_share, config=config)
+    groups, width = len(axes.variances), axes.tt.shape[-1]
+    shapes = (groups, units, axes.variances.shape[1]), (groups, units, width)
+    if not isinstance(result, LinearCode) or (result.on_x.shape, result.on_t.shape) != shapes:
+        got = [list(result.on_x.shape), list(result.on_t.shape)] if isinstance(result, LinearCode) else type(result)
+        raise SylinitError(
+            f"layer {layer!r}: the code {code.name!r} must return a LinearCode with on_x of shape {list(shapes[0])} "
+            f"and on_t of shape {list(shapes[1])}, it returned {got}"
+        )
+    return result
+
+
+def whitening(variances: Tensor) -> Tensor:
+    """``1 / sqrt(variance)`` on each axis, zero on null axes."""
+    return torch.where(variances > 0, variances.clamp(min=torch.finfo(variances.dtype).tiny).rsqrt(), 0)
+
+
+def mixtures(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` random mixtures of the whitened axes that carry data, ``[g, count, r]``, each of variance one.
+
+    The draw depends on the data's rank only, so it is the same whether null axes were dropped or not.
+    """
+    alive = axes.variances > 0
+    rows = orthogonal_rows(count, int(alive.sum(1).max()), generator, axes.variances)
+    rows = torch.nn.functional.pad(rows, (0, alive.shape[1] - rows.shape[1])) * alive.unsqueeze(1)
+    return torch.nn.functional.normalize(rows, dim=2) * whitening(axes.variances).unsqueeze(1)
+
+
+def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, white: bool = False) -> Tensor:
+    """Rows ``[g, k, r]``: unit ``rank[g, k]`` is that principal axis, past the last one a random mixture of white axes.
+
+    Args:
+        axes: the layer's statistics.
+        rank: which component each unit is to be.
+        generator: for the mixtures.
+        white: scale every unit to variance one; else an axis keeps its variance, and a mixture gets the largest.
+    """
+    dim = axes.variances.shape[1]
+    alive = (axes.variances > 0).sum(1, keepdim=True)
+    whiten = whitening(axes.variances).unsqueeze(1)
+    component = torch.nn.functional.one_hot(rank.clamp(max=dim - 1), dim).to(axes.variances)
+    if white:
+        component = component * whiten
+    last = int(rank.max()) if rank.numel() else -1
+    if last < int(alive.min()):
+        return component
+    mixture = mixtures(axes, last + 1, generator).take_along_dim(rank.unsqueeze(2), 1)
+    if not white:
+        mixture = mixture * axes.variances[:, :1, None].sqrt()
+    return torch.where((rank < alive).unsqueeze(2), component, mixture)
+
+
+def target_units(axes: Axes, count: int, generator: torch.Generator, null_variance: float) -> Tensor:
+    """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank.
+
+    Balanced classes have equal variances in every direction, and which eigenvectors such a target has is a matter of
+    rounding. So these are used only in sums that do not depend on it: a projector and a symmetric square root.
+    """
+    values, vectors = robust_eigh(axes.tt)
+    keep = values > values[-1].clamp(min=0) * null_variance
+    kept, dim, rank = vectors[:, keep], len(values), int(keep.sum())
+    if not rank:
+        return axes.tt.new_zeros(count, dim)
+    blocks = []
+    for start in range(0, count, rank):
+        draw = torch.randn(dim, rank, dtype=torch.float64, generator=generator).to(kept)
+        q, r = torch.linalg.qr(kept @ (kept.T @ draw))
+        blocks.append((q * r.diagonal().sign()).T[: count - start])
+    whiten = (kept * values[keep].rsqrt()) @ kept.T
+    return torch.cat(blocks) @ whiten if blocks else axes.tt.new_zeros(0, dim)
+
+
+def repeated_label_units(axes: Axes, is_label: Tensor, generator: torch.Generator, config: Config) -> Tensor:
+    """What keeps label units from repeating where the classes are few, ``[g, k, r]``.
+
+    The units beyond the rank of such a target also get a random mixture of white principal axes, of variance one.
+
+    Args:
+        axes: the layer's statistics.
+        is_label: ``[g, k]``, which units are label units.
+        generator: for the mixtures.
+        config: the constants of the method.
+    """
+    rank = int(torch.linalg.matrix_rank(axes.tt, hermitian=True, rtol=config.null_variance))
+    repeats = is_label & (is_label.flatten().cumsum(0).view_as(is_label) > rank)
+    if rank >= config.few_directions or not bool(repeats.any()):
+        return axes.variances.new_zeros(*is_label.shape, axes.variances.shape[1])
+    return mixtures(axes, is_label.shape[1], generator).masked_fill(~repeats.unsqueeze(2), 0)
+
+
+@register_code("pca", needs="moments", leading=1.0)
+def pca(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
+    """The leading principal components; beyond the rank of the data, random mixtures of whitened ones."""
+    groups = axes.variances.shape[0]
+    rank = torch.arange(units, device=axes.variances.device).expand(groups, units)
+    on_x = principal_units(axes, rank, generator)
+    return LinearCode(on_x, on_x.new_zeros(groups, units, axes.tt.shape[-1]))
+
+
+@register_code("label", needs="moments", labels=True, leading=1.0)
+def label(axes: Axes, units: int, generator: torch.Generator, config: Config) -> LinearCode:
+    """Every unit a different random direction of the whitened targets (for classes: of the one-hot code)."""
+    groups = axes.variances.shape[0]
+    on_t = target_units(axes, groups * units, generator, config.null_variance).view(groups, units, -1)
+    is_label = torch.ones_like(on_t[..., 0], dtype=torch.bool)
+    return LinearCode(repeated_label_units(axes, is_label, generator, config), on_t)
+
+
+@register_code("mixed", needs="moments", labels=True, fallback="pca", leading=lambda label_share: 1 - label_share)
+def principal_and_label_units(
+    axes: Axes, units: int, generator: torch.Generator, label_share: float, config: Config
+) -> LinearCode:
+    """The default code: whitened principal components, with label units evenly in between."""
+    groups = axes.variances.shape[0]
+    # Unit u of all groups together is a label unit where the running share of label units passes an integer; so grouped
+    # and depthwise layers get their share too, and it is spread evenly over heads and channels.
+    running = (torch.arange(groups * units + 1, dtype=torch.float64) * label_share + 1e-9).floor()
+    is_label = (running[1:] > running[:-1]).view(groups, units).to(axes.variances.device)
+    rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
+    directions = target_units(axes, int(running[-1]), generator, config.null_variance)
+    on_x = principal_units(axes, rank, generator, white=True)
+    on_x = on_x.masked_fill(is_label.unsqueeze(2), 0) + repeated_label_units(axes, is_label, generator, config)
+    on_t = on_x.new_zeros(groups, units, axes.tt.shape[-1])
+    on_t[is_label] = directions
+    return LinearCode(on_x, on_t)
+
+
+def mixed(label_share: float | None = None) -> Code:
+    """The default code: whitened principal components, with label units evenly in between.
+
+    Args:
+        label_share: the share of label units, 0 to 1. None means `Config.label_share`, and
+            `Config.normalized_label_share` in layers that feed a normalization where training samples are few.
+
+    Raises:
+        SylinitError: the share is not between 0 and 1.
+    """
+    if label_share is None:
+        return CODES["mixed"]
+    if not 0 <= label_share <= 1:
+        raise SylinitError(f"mixed: label_share must lie between 0 and 1, got {label_share}")
+    return replace(CODES["mixed"], name=f"mixed({label_share:g})", label_share=label_share)
+
+
+@register_code("lda", needs="moments", labels=True)
+def lda(axes: Axes, units: int, generator: torch.Generator, config: Config) -> LinearCode:
+    """Fisher's discriminants ``inv(within) between``, then principal components of what they leave.
+
+    Source: Fisher, *The use of multiple measurements in taxonomic problems*, 1936.
+    """
+    white = whitening(axes.variances)
+    # In white axes within + between = I, so the discriminants are the left singular vectors of the cross-covariance.
+    values, vectors = robust_eigh(axes.tt)
+    keep = values > values[-1].clamp(min=0) * config.null_variance
+    cross = white.unsqueeze(2) * axes.xt @ (vectors[:, keep] * values[keep].rsqrt())
+    left, strength, _ = torch.linalg.svd(cross, full_matrices=False)
+    count = min(units, int((strength > strength.amax() * 1e-6).sum(1).min()))
+    left = left[:, :, :count]
+    fisher = left.mT * white.unsqueeze(1)
+    rest = pca(axes, units - count, generator).on_x * white.unsqueeze(1)
+    projector = left @ left.mT
+    rest = rest - (rest * axes.variances.sqrt().unsqueeze(1)) @ projector * white.unsqueeze(1)
+    on_x = torch.cat([fisher, rest], 1)
+    return LinearCode(on_x, on_x.new_zeros(*on_x.shape[:2], axes.tt.shape[-1]))
+
+
+@register_code("random_projection", needs="moments")
+def random_projection(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
+    """Random orthonormal projections of the row itself."""
+    groups, dim = axes.variances.shape
+    on_x = orthogonal_rows(groups * units, dim, generator, axes.variances).view(groups, units, dim)
+    return LinearCode(on_x, on_x.new_zeros(groups, units, axes.tt.shape[-1]))
+
+
+def target_itself(axes: Axes, units: int) -> LinearCode:
+    """The target itself, one unit for each of its numbers: the code of a head, and of codes made from rows."""
+    groups, dim = axes.variances.shape
+    eye = torch.eye(units, dtype=axes.tt.dtype, device=axes.tt.device)
+    return LinearCode(axes.variances.new_zeros(groups, units, dim), eye.expand(groups, units, units))
+
+
+HEAD = Code("head", target_itself, "moments", labels=True, leading=1.0)
+"""The code of a head: the targets themselves."""

@@ -1,0 +1,141 @@
+"""What all solvers share: the code of a layer as a matrix equation, and the check of a solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sylinit.codes.linear import LinearCode, linear_code
+from sylinit.config import Config
+from sylinit.fit import Fit
+from sylinit.linalg.cross_validation import least_error_weight
+from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.sylvester import solve_diagonal
+from sylinit.solvers.problem import Problem
+from sylinit.statistics.axes import Axes
+from sylinit.statistics.moments import Covariance
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A layer's code, scaled to the root mean square of its rows, and the matrices that are made of it.
+
+    Attributes:
+        code: the code in principal axes.
+        gram: ``A = S S^T / n``, ``[g, k, k]``.
+        cross: ``S X'^T / n`` in principal axes, ``[g, k, r]``.
+    """
+
+    code: LinearCode
+    gram: Tensor
+    cross: Tensor
+
+
+def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -> Equation:
+    """Draw the code of a layer and form its equation."""
+    code = _code(problem, axes, config)
+    cross = code.on_x * axes.variances.unsqueeze(1) + code.on_t @ axes.xt.mT
+    gram = cross @ code.on_x.mT + (code.on_x @ axes.xt + code.on_t @ axes.tt) @ code.on_t.mT
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=_TINY)
+    scale = (cov.variance.clamp(min=0) / size).sqrt().view(-1, 1, 1)
+    return Equation(LinearCode(code.on_x * scale, code.on_t * scale), gram * scale.square(), cross * scale)
+
+
+def solve_in_axes(
+    problem: Problem, axes: Axes, equation: Equation, count: Tensor, config: Config
+) -> tuple[Tensor, float]:
+    """The exact solution in principal axes, where ``B`` is diagonal and only ``A`` (k x k) is left to decompose.
+
+    Returns:
+        ``W``, ``[g, k, r]``, and lambda.
+    """
+    code, gram, cross = equation.code, equation.gram, equation.cross
+    made_of = torch.cat([code.on_x, code.on_t], 2)  # E of S = E [x, t]
+    span = torch.linalg.qr(made_of)[0] if made_of.shape[1] > made_of.shape[2] else None
+    encoding_weight = problem.encoding_weight(config)
+    if encoding_weight is None:
+        a, u = robust_eigh(gram)
+        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count)
+    weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross, span)
+    return weight, encoding_weight
+
+
+def judged(
+    weight: Tensor,
+    decoded: Tensor,
+    encoded: Tensor,
+    cross: Tensor,
+    equation: Equation,
+    cov: Covariance,
+    encoding_weight: float,
+    solver: str,
+    config: Config,
+) -> Fit:
+    """Measure how far ``W`` satisfies its equation and what it leaves of code and rows.
+
+    Args:
+        weight: ``W``, ``[g, k, r]``.
+        decoded: ``A W``.
+        encoded: ``W Cov``.
+        cross: ``S X^T / n``, in the coordinates of ``W``.
+        equation: holds ``A``.
+        cov: of the rows, in the coordinates of ``W``.
+        encoding_weight: lambda.
+        solver: its name.
+        config: the constants of the method.
+    """
+    right = (1 + encoding_weight) * cross
+    left = decoded + encoding_weight * encoded
+    agreement = 2 * (weight * cross).sum(dtype=torch.float64)
+    code_energy = equation.gram.diagonal(dim1=1, dim2=2).sum().clamp(min=_TINY)
+    row_energy = (cov.variance.sum() * cov.dim).clamp(min=_TINY)
+    output_variance = (encoded * weight).sum(2, dtype=torch.float64)
+    residual = ((left - right).norm() / right.norm().clamp(min=_TINY)).double()
+    encoding_error = 1 + (output_variance.sum() - agreement) / code_energy
+    decoding_error = 1 + ((decoded * weight).sum(dtype=torch.float64) - agreement) / row_energy
+    residual, encoding_error, decoding_error = torch.stack([residual, encoding_error, decoding_error]).tolist()
+    return Fit(
+        weight=weight.double(),
+        encoding_weight=encoding_weight,
+        residual=residual,
+        encoding_error=encoding_error,
+        decoding_error=decoding_error,
+        solver=solver,
+        alive=cov.variance > config.constant_variance * cov.mean_x.square().mean(1) + 1e-30,
+        statistics=cov,
+        output_variance=output_variance.clamp(min=0),
+    )
+
+
+def with_varied_targets(problem: Problem, cov: Covariance, config: Config) -> tuple[Problem, Covariance, str]:
+    """Problem and statistics, or what takes their place where all rows have the same target, which then tells nothing.
+
+    Returns:
+        Both, and a note for the report.
+    """
+    spread = cov.tt.diagonal(dim1=-2, dim2=-1).sum(-1)
+    same = spread <= config.constant_variance * cov.mean_t.square().sum(-1)
+    if not bool(same.any()):
+        return problem, cov, ""
+    # What is left of the targets' covariance is rounding.
+    gone = same[..., None, None]
+    cov = replace(cov, xt=cov.xt.masked_fill(gone, 0), tt=cov.tt.masked_fill(gone, 0))
+    if problem.is_head:
+        return problem, cov, "all its rows have the same target, so it predicts that"
+    if not problem.code.labels:
+        return problem, cov, ""
+    reason = "all its rows have the same label"
+    remedy = "pass samples of more classes, or a code without labels such as code='pca'"
+    code = problem.code.without_labels(problem.name, reason, remedy)
+    return replace(problem, code=code), cov, f"{reason}, so no labels were used"
+
+
+def _code(problem: Problem, axes: Axes, config: Config) -> LinearCode:
+    if problem.role == "logits" and problem.units == 1:
+        sign = axes.tt.new_tensor([-1.0, 1.0]).view(1, 1, 2)  # one logit: the second class against the first
+        return LinearCode(axes.variances.new_zeros(1, 1, axes.variances.shape[1]), sign)
+    return linear_code(problem.code, problem.name, axes, problem.units, problem.generator(), config)

@@ -1,0 +1,42 @@
+"""The exact solver: all principal axes of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sylinit.config import Config
+from sylinit.fit import Fit
+from sylinit.solvers.equation import equation_of, judged, solve_in_axes, with_varied_targets
+from sylinit.solvers.problem import Problem, Source
+from sylinit.statistics.axes import principal_axes
+from sylinit.statistics.moments import Covariance
+
+
+class Exact:
+    """Rotates the rows to their principal axes, by an eigendecomposition in float64. It serves every layer."""
+
+    name = "exact"
+
+    def applies(self, problem: Problem, source: Source, config: Config) -> bool:
+        """Always."""
+        return True
+
+    def solve(self, problem: Problem, source: Source, config: Config) -> Fit:
+        """From the second moments of all rows."""
+        cov = source.covariance(torch.float64)
+        return source.together(lambda: fit_exact(cov, problem, config))
+
+
+def fit_exact(cov: Covariance, problem: Problem, config: Config) -> Fit:
+    """By all principal axes: in them ``B`` is diagonal, so only ``A`` (k x k) is left to decompose."""
+    problem, cov, note = with_varied_targets(problem, cov, config)
+    axes = principal_axes(cov, config.null_variance)
+    equation = equation_of(problem, axes, cov, config)
+    weight, encoding_weight = solve_in_axes(problem, axes, equation, cov.count, config)
+    weight, cross = weight @ axes.basis.mT, equation.cross @ axes.basis.mT
+    fit = judged(
+        weight, equation.gram @ weight, weight @ cov.xx, cross, equation, cov, encoding_weight, Exact.name, config
+    )
+    return replace(fit, note=note)
