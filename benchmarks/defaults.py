@@ -14,21 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-from torch import Tensor
 
 from harness import before_and_after
-from sylinit import initialize as engine
-from sylinit import layer, plan
-from sylinit import scaling as calibrate
-from sylinit.solve import Problem
-from sylinit.statistics.moments import Covariance
+from sylinit import Config
 from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.pool import cores, pool
@@ -37,20 +28,18 @@ from sylinit.study.store import environment
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 
-DEFAULTS = {"LOGIT_DEVIATION": 0.5, "NORM_SCALE": 0.5, "NORM_OFFSET": 0.5, "encoding_weight": 4.0, "FEW": plan.FEW}
-
-HELD = {"FEW": 10**9}
+HELD = {"few_samples": 10**9}
 """Normalisations, and what feeds them, start as they do where samples are few, whatever their number."""
 
-FREE = {"FEW": 0}
+FREE = {"few_samples": 0}
 """They never do."""
 
 SETTINGS: dict[tuple[str, int], list[dict[str, Any]]] = {
     ("resnet20", 50): [
         {},
-        {"NORM_OFFSET": 0.0},
-        {"NORM_SCALE": 1.0},
-        {"LOGIT_DEVIATION": 1.0},
+        {"norm_offset": 0.0},
+        {"norm_scale": 1.0},
+        {"logit_deviation": 1.0},
         {"encoding_weight": 1.0},
         {"label_share": 0.0},
         {"label_share": 0.125},
@@ -65,18 +54,18 @@ SETTINGS: dict[tuple[str, int], list[dict[str, Any]]] = {
         {"start": "pca-whitening"},
         {"label_share": 0.25},
         {"label_share": 0.0625},
-        {**HELD, "NORM_SCALE": 1.0, "filters": "unit variance"},
-        {**HELD, "NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "filters": 0.7},
-        {**HELD, "NORM_OFFSET": 0.0, "filters": "unit variance", "label_share": 0.125},
-        {**HELD, "NORM_SCALE": 1.0, "NORM_OFFSET": 0.0, "label_share": 0.125},
+        {**HELD, "norm_scale": 1.0, "filter_length": None},
+        {**HELD, "norm_scale": 1.0, "norm_offset": 0.0, "filter_length": 0.7},
+        {**HELD, "norm_offset": 0.0, "filter_length": None, "label_share": 0.125},
+        {**HELD, "norm_scale": 1.0, "norm_offset": 0.0, "label_share": 0.125},
     ],
     ("cnn", 50): [
         {},
         {"label_share": 0.0},
         {"label_share": 0.0625},
         {"label_share": 0.25},
-        {"LOGIT_DEVIATION": 0.2},
-        {"LOGIT_DEVIATION": 1.0},
+        {"logit_deviation": 0.2},
+        {"logit_deviation": 1.0},
         {"encoding_weight": 1.0},
     ],
 }
@@ -102,7 +91,7 @@ def settings(model: str, shots: int, epochs: int | None) -> list[dict[str, Any]]
     """What to change: with a schedule that is not the study's, only whether the samples count as few."""
     if epochs is None:
         return SETTINGS.get((model, shots), [])
-    return [{}, FREE if 10 * shots < plan.FEW else HELD]
+    return [{}, FREE if 10 * shots < Config().few_samples else HELD]
 
 
 def make_run(data: str, model: str, shots: int, epochs: int, seed: int, values: dict[str, Any]) -> Run:
@@ -116,34 +105,12 @@ def make_run(data: str, model: str, shots: int, epochs: int, seed: int, values: 
 
 
 def work(run: Run) -> dict[str, object]:
-    """Train with the constants of the library set to those of the run."""
-    values = {**DEFAULTS, **dict(run.values)}
-    with ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.multiple(calibrate, **{name: values[name] for name in ("NORM_SCALE", "NORM_OFFSET")})
-        )
-        stack.enter_context(mock.patch.object(plan, "FEW", values["FEW"]))
-        # The function's default was bound when it was defined.
-        stack.enter_context(mock.patch.object(calibrate.calibrate_logits, "__defaults__", (values["LOGIT_DEVIATION"],)))
-        # the head chooses its own
-        stack.enter_context(mock.patch.object(engine, "ENCODING_WEIGHT", values["encoding_weight"]))
-        if "filters" in values:
-            stack.enter_context(mock.patch.object(layer, "_calibrate", with_filters(values["filters"])))
-        return runner.run(run.experiment)
-
-
-def with_filters(wanted: str | float) -> Callable[..., Any]:
-    """The library's calibration, but for filters before a normalisation: of unit output variance, or so long."""
-    usual = layer._calibrate
-
-    def calibrated(weight: Tensor, cov: Covariance, problem: Problem) -> Any:
-        if problem.role != "directions":
-            return usual(weight, cov, problem)
-        if isinstance(wanted, float):
-            return calibrate.calibrate_directions(weight, wanted)
-        return calibrate.calibrate_units(weight, cov, 1.0)
-
-    return calibrated
+    """Train with the constants of the method set to those of the run."""
+    experiment, values = run.experiment, dict(run.values)
+    values.pop("label_share", None)  # is in the code's name, in every layer alike
+    if values.pop("start", "sylinit") == "sylinit":
+        experiment = replace(experiment, options=(*experiment.options, ("config", Config(**values))))
+    return runner.run(experiment)
 
 
 def main() -> None:
@@ -154,7 +121,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[*RATES], choices=RATES)
     parser.add_argument("--shots", type=int, default=50)
     parser.add_argument(
-        "--epochs", type=int, help="by default as many as in the study; with another number only FEW changes"
+        "--epochs", type=int, help="by default as many as in the study; with another number only few_samples changes"
     )
     given = parser.parse_args()
     done: dict[str, dict[str, object]] = {}

@@ -31,7 +31,10 @@ from torch import Tensor, nn
 
 from harness import before_and_after
 from sylinit import initialize_
-from sylinit.codes.registry import LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, Code, LinearCode, mixed
+from sylinit.codes import Code, LinearCode, mixed
+from sylinit.codes.linear import linear_code
+from sylinit.config import Config
+from sylinit.statistics.axes import Axes
 from sylinit.study import runner
 from sylinit.study.experiment import Experiment
 from sylinit.study.finetune import features, layer_names
@@ -65,14 +68,14 @@ def subclasses(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
 def shared(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, units: bool) -> None:
     """Layers of one residual block take the same directions of the labels, and with `units` the same code."""
     pytorch(model, x, y, seed)
-    base = mixed(NORMALISED_LABEL_SHARE)
+    base = mixed(Config().normalized_label_share)
 
     def within(layer: str) -> Code:
         draw = zlib.crc32(layer.rpartition(".")[0].encode()) + seed
         follows = units and layer.endswith("conv2")
 
-        def function(axes: Axes, count: int, generator: torch.Generator) -> LinearCode:
-            code = base.function(axes, count, torch.Generator().manual_seed(draw))
+        def function(axes: Axes, units: int) -> LinearCode:
+            code = linear_code(base, layer, axes, units, torch.Generator().manual_seed(draw), Config())
             return centre_taps(axes, code) if follows else code
 
         return replace(base, function=function, leading=None if follows else base.leading)
@@ -106,7 +109,7 @@ def chosen(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, each: bool) -> 
         return -float(RidgeCV(penalties).fit(rows, one_hot).best_score_)
 
     if each:
-        shares = dict.fromkeys(inner, LABEL_SHARE)
+        shares = dict.fromkeys(inner, Config().label_share)
         for layer in inner:
             shares[layer] = min(SHARES, key=lambda share: error({**shares, layer: share}))
     else:

@@ -23,21 +23,21 @@ import sylinit
 from harness import Results, ceilings, seconds
 from one_pass import Batches, cases
 from sylinit import initialize as engine
-from sylinit import layer
-from sylinit import solve as routes
+from sylinit.config import Config
 from sylinit.data.targets import describe
 from sylinit.initialize import default_rows
 from sylinit.layers.views import ConvView, views_of
 from sylinit.plan import make_plan
-from sylinit.solve import leading_components, subspace_rank
+from sylinit.solvers import exact, projected
+from sylinit.solvers.projected import subspace_rank
 from sylinit.statistics.patch_moments import share_for_all
 from sylinit.statistics.rows import Gathered
 
 STEPS: dict[str, tuple[Any, str]] = {
     "moments": (Gathered, "covariance"),
-    "subspace": (routes, "principal_subspace"),
-    "equation": (routes, "solve_projected"),
-    "exact route": (layer, "fit_exact"),
+    "subspace": (projected, "principal_subspace"),
+    "equation": (projected, "solve_projected"),
+    "exact solver": (exact, "fit_exact"),
     "writing and rank": (engine._Pass, "_write"),
     "normalisations": (engine._Pass, "_statistics"),
     "layers in all": (engine._Pass, "_settle"),
@@ -74,7 +74,7 @@ def operations(model: torch.nn.Module, batches: Batches, report: sylinit.Report)
     Subspace: two products with the covariance. Equation: a Cholesky factor, its two solves, and the residual.
     """
     count: dict[str, float] = defaultdict(float)
-    plan = make_plan(model, None, "mixed", "auto", describe([y for _, y in batches]), report.samples, None)
+    plan = make_plan(model, None, "mixed", "auto", describe([y for _, y in batches]), report.samples, None, 0)
     codes = {door.name: door.code for door in plan.doors}
     for record in report.initialised:
         code = codes[record.name]
@@ -83,9 +83,9 @@ def operations(model: torch.nn.Module, batches: Batches, report: sylinit.Report)
         groups, units, dim = record.shape
         (view,) = views_of(model.get_submodule(record.name), record.name)
         share = 1.0
-        if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim):
+        if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim, Config()):
             share = share_for_all(view)  # all patches are read, not a sample of them
-        components = leading_components(code, units)
+        components = code.with_label_share(Config(), normalized=False).leading_components(units)
         assert components is not None
         rank = subspace_rank(components)
         count["moments"] += groups * record.rows * dim**2 * share

@@ -186,7 +186,6 @@ def test_layers_that_select_nothing():
         *[({"rows": v}, ["rows", "at least 2", "'all'"]) for v in (0, 1, -5, 2.5, "some", True)],
         *[({"train_size": v}, ["train_size", "positive integer"]) for v in (0, -5, 2.5, "some", True)],
         ({"encoding_weight": "1"}, ["encoding_weight", "'?1'?"]),
-        ({"variance": None}, ["variance", "None"]),
         ({"head": "1"}, ["head='1'", "no layer"]),
         ({"head": 3}, ["head"]),
         ({"code": torch.randn(59, 4)}, ["59 rows", "60 calibration samples"]),

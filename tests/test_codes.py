@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
-from sylinit.codes.registry import CODES, LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, fill, orthogonal_rows, target_units
+from sylinit.codes import CODES
+from sylinit.codes.fitted import fill
+from sylinit.codes.linear import linear_code, target_units
+from sylinit.config import Config
 from sylinit.errors import SylinitError
+from sylinit.linalg.orthogonal import orthogonal_rows
+from sylinit.statistics.axes import Axes
 
 NAMES = ["pca", "label", "mixed", "lda", "random", "random_projection", "kmeans", "ica", "nmf"]
 
@@ -166,7 +171,7 @@ def test_the_share_of_label_units_is_what_was_asked_for(share, groups, units):
     variances = torch.linspace(2, 1, 9, dtype=torch.float64).expand(groups, 9)
     covariance = torch.eye(8, dtype=torch.float64) / 8 - 1 / 64
     axes = Axes(torch.eye(9).double().expand(groups, 9, 9), variances, torch.zeros(groups, 9, 8).double(), covariance)
-    code = sylinit.mixed(share).function(axes, units, torch.Generator().manual_seed(0))
+    code = linear_code(sylinit.mixed(share), "layer", axes, units, torch.Generator().manual_seed(0), Config())
     by_label = code.on_t.abs().sum(2) > 0
     assert int(by_label.sum()) == 16 * share
     assert bool((code.on_x.abs().sum(2)[by_label] == 0).all())
@@ -175,7 +180,7 @@ def test_the_share_of_label_units_is_what_was_asked_for(share, groups, units):
     torch.testing.assert_close(code_variance, torch.ones(groups, units).double(), rtol=0, atol=1e-9)
 
 
-def test_the_default_code_has_more_label_units_where_a_normalisation_follows_and_samples_are_few():
+def test_the_default_code_has_more_label_units_where_a_normalization_follows_and_samples_are_few():
     x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 5
 
     def weights(code: Any, train_size: int | None = None) -> list[Tensor]:
@@ -185,12 +190,12 @@ def test_the_default_code_has_more_label_units_where_a_normalisation_follows_and
         return [layer.weight.detach() for layer in convolutions]
 
     default = weights("mixed")
-    assert torch.equal(default[0], weights(sylinit.mixed(LABEL_SHARE))[0])
-    fixed = weights({"0": sylinit.mixed(LABEL_SHARE), "1": sylinit.mixed(NORMALISED_LABEL_SHARE)})
+    assert torch.equal(default[0], weights(sylinit.mixed(Config().label_share))[0])
+    fixed = weights({"0": sylinit.mixed(Config().label_share), "1": sylinit.mixed(Config().normalized_label_share)})
     assert torch.equal(default[1], fixed[1])
-    assert not torch.allclose(default[1], weights(sylinit.mixed(LABEL_SHARE))[1])
+    assert not torch.allclose(default[1], weights(sylinit.mixed(Config().label_share))[1])
     many = weights("mixed", 5000)
-    assert torch.equal(many[1], weights(sylinit.mixed(LABEL_SHARE), 5000)[1])
+    assert torch.equal(many[1], weights(sylinit.mixed(Config().label_share), 5000)[1])
 
 
 @pytest.fixture
@@ -228,6 +233,37 @@ def test_a_user_registers_a_code_of_moments(registered):
     axes = torch.linalg.svd(x, full_matrices=False).Vh[-4:]
     unit = nn.functional.normalize(model[0].weight.detach(), dim=1)
     torch.testing.assert_close((unit * axes).sum(1).abs(), torch.ones(4).double(), rtol=0, atol=1e-8)
+
+
+def test_a_registered_code_of_moments_may_ask_for_its_share_of_label_units(registered):
+    seen = []
+
+    @sylinit.register_code("shared", needs="moments", leading=lambda label_share: 1 - label_share)
+    def shared(axes: Any, units: int, label_share: float) -> sylinit.LinearCode:
+        seen.append(label_share)
+        groups, dim = axes.variances.shape
+        on_x = torch.eye(dim, dtype=axes.variances.dtype)[:units].expand(groups, units, dim)
+        return sylinit.LinearCode(on_x, on_x.new_zeros(groups, units, axes.tt.shape[-1]))
+
+    sylinit.initialize_(linear(12, 4), [vectors(300)], code="shared")
+    sylinit.initialize_(linear(12, 4), [vectors(300)], code="shared", config=Config(label_share=0.5))
+    assert seen == [0.125, 0.5]
+    assert CODES["shared"].with_label_share(Config(), normalized=True).leading_components(8) == 6
+    assert CODES["shared"].leading_components(8) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda axes, wrong: None, r"asks for 'wrong'; after the axes it may name any of 'units', 'generator'"),
+        (lambda axes: 3, r"must return a LinearCode with on_x of shape \[1, 8, 12\].*it returned <class 'int'>"),
+        (lambda axes: sylinit.LinearCode(axes.variances, axes.tt), r".*it returned \[\[1, 12\], \[3, 3\]\]"),
+    ],
+)
+def test_what_a_code_of_moments_must_be(registered, function, message):
+    sylinit.register_code("bad", needs="moments")(function)
+    with pytest.raises(SylinitError, match=f"layer '0': the code 'bad' {message}"):
+        sylinit.initialize_(linear(12, 8), [vectors(300)], code="bad")
 
 
 def test_a_registered_code_that_needs_labels_falls_back(registered):
@@ -337,11 +373,11 @@ def test_codes_by_pattern():
 def test_fill_brings_a_code_to_the_number_of_units():
     generator = torch.Generator().manual_seed(0)
     s = torch.randn(50, 3, dtype=torch.float64, generator=generator)
-    full = fill(s, 10, generator)
+    full = fill(s, 10, generator, Config())
     assert torch.equal(full[:, :3], s)
     assert_healthy((full - full.mean(0)).T)
     assert torch.linalg.matrix_rank(full - full.mean(0)) == 3
-    assert fill(torch.zeros(50, 2, dtype=torch.float64), 4, generator).abs().sum() == 0
+    assert fill(torch.zeros(50, 2, dtype=torch.float64), 4, generator, Config()).abs().sum() == 0
 
 
 @pytest.mark.parametrize(("count", "dim"), [(3, 8), (8, 8), (20, 8), (5, 1), (4, 0), (0, 4)])
@@ -361,7 +397,7 @@ def test_label_directions_of_balanced_classes_do_not_depend_on_rounding():
     found = []
     for covariance in (tt, tt + noise + noise.T):
         axes = Axes(torch.eye(3)[None], torch.ones(1, 3).double(), torch.zeros(1, 3, classes).double(), covariance)
-        found.append(target_units(axes, 10, torch.Generator().manual_seed(0)))
+        found.append(target_units(axes, 10, torch.Generator().manual_seed(0), Config().null_variance))
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
     code = found[0][: classes - 1] @ tt @ found[0][: classes - 1].T
     torch.testing.assert_close(code, torch.eye(classes - 1, dtype=torch.float64), rtol=0, atol=1e-9)

@@ -12,9 +12,8 @@ from torch import nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
-from sylinit import scaling as calibrate
-from sylinit.plan import FEW
-from sylinit.scaling import LOGIT_DEVIATION, NORM_OFFSET, NORM_SCALE
+from sylinit.config import Config
+from sylinit.solvers.exact import Exact
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -83,21 +82,20 @@ def test_units_have_unit_variance_and_zero_mean_and_logits_are_small():
         assert float(variance.max()) < 1.001
         assert float((variance > 0.999).float().mean()) > 0.7  # the others are held by the floor
     assert torch.allclose(logits.mean(0), torch.zeros(()), atol=1e-5)
-    assert float(logits.detach().std(correction=0)) == pytest.approx(LOGIT_DEVIATION, rel=1e-3)
+    assert float(logits.detach().std(correction=0)) == pytest.approx(Config().logit_deviation, rel=1e-3)
 
 
-def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same(monkeypatch):
+def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same():
     x, y = images()
     half, whole = small_resnet(), small_resnet()
     whole.load_state_dict(half.state_dict())
     report = sylinit.initialize_(half, [(x, y)])
-    monkeypatch.setattr(calibrate, "NORM_SCALE", 1.0)
-    sylinit.initialize_(whole, [(x, y)])
+    sylinit.initialize_(whole, [(x, y)], config=Config(norm_scale=1.0))
     norms = [m for m in half.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     for norm in norms:
-        assert torch.equal(norm.weight, torch.full_like(norm.weight, NORM_SCALE))
-        assert torch.equal(norm.bias, torch.full_like(norm.bias, NORM_OFFSET * NORM_SCALE))
+        assert torch.equal(norm.weight, torch.full_like(norm.weight, Config().norm_scale))
+        assert torch.equal(norm.bias, torch.full_like(norm.bias, Config().norm_offset * Config().norm_scale))
     assert torch.allclose(half.eval()(x), whole.eval()(x), atol=1e-2)  # up to the eps of the normalisations
     reasons = [layer.reason for layer in report.layers if layer.action == "recalibrated"]
     assert reasons == ["running statistics, weight 0.5, bias 0.25"] * len(norms)
@@ -106,8 +104,8 @@ def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same
 def test_with_many_training_samples_normalisations_are_as_pytorch_makes_them_and_filters_of_unit_variance():
     x, y = images()
     model, fewer, by_default = small_resnet(), small_resnet(), small_resnet()
-    report = sylinit.initialize_(model, [(x, y)], train_size=FEW)
-    sylinit.initialize_(fewer, [(x, y)], train_size=FEW - 1)
+    report = sylinit.initialize_(model, [(x, y)], train_size=Config().few_samples)
+    sylinit.initialize_(fewer, [(x, y)], train_size=Config().few_samples - 1)
     note = sylinit.initialize_(by_default, [(x, y)]).notes
     assert torch.equal(weights(fewer), weights(by_default))
     assert re.search(f"^{len(x)} samples are few.*; pass train_size= if it is on 3,000 or more", *note)
@@ -626,12 +624,12 @@ def test_constant_inputs_are_left_alone():
     assert torch.equal(before, weights(model))
 
 
-def test_fewer_rows_than_dimensions_equal_the_exact_route(monkeypatch):
+def test_fewer_rows_than_dimensions_equal_the_exact_solver(monkeypatch):
     x, y = vectors(count=20, dim=50)
     x = x.double()
     models = [nn.Sequential(nn.Linear(50, 12), nn.ReLU(), nn.Linear(12, 3)).double() for _ in range(2)]
     reports = [sylinit.initialize_(models[0], [(x, y)])]
-    monkeypatch.setattr("sylinit.initialize.use_rows", lambda code, used, dim: code.needs == "rows")
+    monkeypatch.setattr("sylinit.solve.SOLVERS", [Exact()])
     reports.append(sylinit.initialize_(models[1], [(x, y)]))
     assert [report["0"].solver for report in reports] == ["row-space", "exact"]
     with torch.no_grad():

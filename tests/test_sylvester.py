@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sylinit.errors import SylinitError
 from sylinit.linalg import sylvester
-from sylinit.linalg.subspace import row_space
+from sylinit.linalg.subspace import row_axes, row_space
 from sylinit.linalg.sylvester import objective, robust_eigh, solve_diagonal, solve_sylvester, sylvester_
 
 
@@ -243,18 +244,26 @@ def test_row_space_is_an_orthonormal_basis_of_the_rows():
     assert bool((coordinates.square().sum(0).diff() <= 0).all())
 
 
-def test_row_space_never_forms_a_square_matrix_of_the_inputs(monkeypatch):
-    seen = []
-    real = torch.Tensor.addmm_
+class Sizes(TorchDispatchMode):
+    """Records how many numbers each tensor has that is made."""
 
-    def spying(self, one, other):
-        seen.append(self.shape)
-        return real(self, one, other)
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
 
-    monkeypatch.setattr(torch.Tensor, "addmm_", spying)
-    monkeypatch.setattr("sylinit.linalg.subspace.COLUMNS", 16)
-    row_space(torch.randn(6, 40))
-    assert seen == [(6, 6)] * 3
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numbers += [one.numel() for one in (made if isinstance(made, tuple) else (made,)) if torch.is_tensor(one)]
+        return made
+
+
+def test_row_space_never_forms_a_square_matrix_of_the_inputs():
+    x = torch.randn(6, 40)
+    whole = row_axes(x, 1e-10)
+    with Sizes() as seen:
+        pieces = row_axes(x, 1e-10, columns=16)
+    assert max(seen.numbers) == 6 * 40
+    assert torch.allclose(pieces[0], whole[0], atol=1e-9)
 
 
 @pytest.mark.parametrize("rows", [5, 30])
@@ -305,7 +314,7 @@ def test_rows_that_do_not_vary_give_zero(rows):
 
 @pytest.mark.parametrize(("decades", "short"), [(2, True), (6, False)])
 def test_the_short_way_in_mixed_precision_is_for_regular_systems_and_as_exact(decades, short):
-    size = sylvester.LARGE
+    size = sylvester.MIXED_PRECISION_SIZE
     a, b = (torch.stack([spectrum(n, n, decades, seed) for seed in (1, 2)]) for n in (40, size))
     c = 1e6 * torch.randn(2, 40, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = sylvester._mixed_precision(a, b, c)
@@ -318,7 +327,7 @@ def test_the_short_way_in_mixed_precision_is_for_regular_systems_and_as_exact(de
 
 
 def test_nothing_comes_of_nothing_in_mixed_precision_too():
-    a, b = (torch.eye(n, dtype=torch.float64) for n in (3, sylvester.LARGE))
-    solution = solve_sylvester(a, b, torch.zeros(3, sylvester.LARGE, dtype=torch.float64))
+    a, b = (torch.eye(n, dtype=torch.float64) for n in (3, sylvester.MIXED_PRECISION_SIZE))
+    solution = solve_sylvester(a, b, torch.zeros(3, sylvester.MIXED_PRECISION_SIZE, dtype=torch.float64))
     assert not solution.weight.any()
     assert float(solution.residual) == 0

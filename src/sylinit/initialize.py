@@ -113,9 +113,7 @@ def initialize_(
     processes = Processes(group)
     wish = Wish(layers, code, head, train_size)
     reader = Reader(model, samples, target, mask, custom=forward is not None, apart=bool(offload))
-    processes.together(
-        lambda: _check_arguments(model, reader, wish, config, generator, offload, progress, forward)
-    )
+    processes.together(lambda: _check_arguments(model, reader, wish, config, generator, offload, progress, forward))
     model = _unwrapped(model)
     reader = replace(reader, model=model)
     shards = processes.together(lambda: Shards(model, processes.ranks))

@@ -1,17 +1,13 @@
-"""After the solve: the scale of each unit, its bias, the head's temperature, the statistics of normalization layers."""
+"""After the solve: the scale of each unit, its bias, and the head's temperature."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor
 
 from sylinit.config import Config
-from sylinit.errors import SylinitError
 from sylinit.fit import Fit
 from sylinit.solvers.problem import Role
 
@@ -80,73 +76,3 @@ NORM_OFFSET = 0.5
 A rectifier behind it then passes 69 % of a Gaussian signal instead of a half. Each rectifier drops part of what the
 units told apart; in a deep network that adds up. Where no rectifier follows, the next layer takes the offset off again.
 """
-
-
-def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer with running statistics: BatchNorm, SyncBatchNorm or InstanceNorm."""
-    return isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None
-
-
-def check_channels(name: str, module: Any, x: Tensor) -> None:
-    """Refuse an input whose channels are not those of a normalisation layer.
-
-    Raises:
-        SylinitError: naming the layer.
-    """
-    if _batched(module, x).shape[1:2] != (module.num_features,):
-        raise SylinitError(
-            f"layer {name!r} ({type(module).__name__}): expected {module.num_features} channels in its input, "
-            f"got shape {list(x.shape)}; make the layer or the data fit"
-        )
-
-
-def norm_sums(module: Any, x: Tensor) -> Tensor:
-    """``[3, channels]`` float64: count, sum and sum of squares of each channel, over samples and positions.
-
-    Sums over the positions of a sample run in float32, all others in float64: the cut into batches changes nothing.
-    """
-    rows = _batched(module, x)
-    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    count = rows.numel() / module.num_features
-    each = rows.reshape(*rows.shape[:2], -1)
-    total = each.sum(2).double().sum(0)
-    squares = torch.linalg.vector_norm(each, dim=2).double().square().sum(0)
-    if bool((1.01 * total.square() > count * squares).any()):
-        # A mean ten deviations from zero: float32 squares would lose the variance. Slower, this accumulates in double.
-        mean, variance = (part.double() for part in torch.batch_norm_update_stats(rows, None, None, 0.0))
-        total, squares = mean * count, (variance + mean.square()) * count
-    return torch.stack([torch.full_like(total, count), total, squares])
-
-
-def _batched(module: nn.Module, x: Tensor) -> Tensor:
-    """The input as ``[samples, channels, ...]``: InstanceNorm takes single samples, too."""
-    dims = next((dims for dims in (1, 2, 3) if type(module).__name__.endswith(f"{dims}d")), 0)
-    return x.unsqueeze(0) if isinstance(module, _InstanceNorm) and x.ndim == dims + 1 else x
-
-
-@torch.no_grad()
-def write_statistics(module: Any, sums: Tensor) -> None:
-    """Set the running mean and (unbiased) variance of a normalisation layer to those of the pooled sums."""
-    count, total, squares = sums
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
-    module.running_mean.copy_(mean)
-    module.running_var.copy_(variance)
-
-
-@torch.no_grad()
-def start_fresh(module: Any, scale: float = NORM_SCALE, offset: float = NORM_OFFSET) -> bool:
-    """Set weight and bias of a normalisation layer that is as PyTorch makes it: weight one, bias zero.
-
-    The weight becomes ``scale``, the bias ``offset`` of it.
-
-    Returns:
-        Whether it was; one that has been trained, frozen or started otherwise (at zero, say) is left as it is.
-    """
-    weight, bias = module.weight, module.bias
-    if weight is None or not weight.requires_grad or bool((weight != 1).any() | (bias != 0).any()):
-        return False
-    weight.fill_(scale)
-    if bias.requires_grad:
-        bias.fill_(offset * scale)
-    return True

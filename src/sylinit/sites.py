@@ -17,8 +17,8 @@ from sylinit.data.calibration import CalibrationSet
 from sylinit.errors import SylinitError, UnsupportedLayerError
 from sylinit.fit import Fit
 from sylinit.layers.attention import AttentionOutputView
-from sylinit.layers.normalization import check_channels, norm_sums, start_fresh, write_statistics
 from sylinit.layers.inputs import plain, require_plain_rows
+from sylinit.layers.normalization import check_channels, norm_sums, start_fresh, write_statistics
 from sylinit.layers.registry import is_stock
 from sylinit.layers.view import LayerView
 from sylinit.report import LayerReport

@@ -82,7 +82,7 @@ def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, whi
     component = torch.nn.functional.one_hot(rank.clamp(max=dim - 1), dim).to(axes.variances)
     if white:
         component = component * whiten
-    last = int(rank.max())
+    last = int(rank.max()) if rank.numel() else -1
     if last < int(alive.min()):
         return component
     mixture = mixtures(axes, last + 1, generator).take_along_dim(rank.unsqueeze(2), 1)

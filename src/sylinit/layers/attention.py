@@ -129,5 +129,3 @@ def attention_views(module: nn.Module, name: str) -> list[View]:
     if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
         raise UnsupportedLayerError("an attention layer under a parametrization; remove the parametrization first")
     return [*(AttentionInputView(module, name, part) for part in range(3)), AttentionOutputView(module, name)]
-
-

@@ -174,5 +174,3 @@ class ConvTransposeView(ConvView):
     def _unpack(self, weight: Tensor, shape: torch.Size) -> Tensor:
         split = weight.reshape(self.groups, self.units, self.channels, -1)
         return split.transpose(1, 2).reshape(shape)
-
-

@@ -108,8 +108,13 @@ def is_stock(module: nn.Module) -> bool:
         return False
     stock = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
     base = next(stock, None)
-    return base is not None and any(issubclass(base, kind) for kind in _STOCK) and all(
-        getattr(type(module), method, None) is getattr(base, method, None) for method in ("forward", "_conv_forward")
+    return (
+        base is not None
+        and any(issubclass(base, kind) for kind in _STOCK)
+        and all(
+            getattr(type(module), method, None) is getattr(base, method, None)
+            for method in ("forward", "_conv_forward")
+        )
     )
 
 

@@ -252,5 +252,3 @@ def unravel(number: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         coordinates.append(number % size)
         number = number.div(size, rounding_mode="floor")
     return tuple(reversed(coordinates))
-
-

@@ -18,7 +18,7 @@ WEIGHTS = torch.logspace(-4, 4, 65, dtype=torch.float64)
 
 
 def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tensor) -> float:
-    """The encoding weight lambda of least generalised cross-validation error.
+    """The encoding weight lambda of least generalized cross-validation error.
 
         GCV(lambda) = sum_i  RSS_i / n / (1 - tr(H_i) / n)^2
 

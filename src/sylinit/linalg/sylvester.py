@@ -19,15 +19,16 @@ from sylinit.linalg.conjugate_gradients import conjugate_gradients
 from sylinit.linalg.eigh import robust_eigh
 from sylinit.linalg.subspace import row_space
 
-LARGE = 256
-"""From this size on a float32 eigendecomposition saves time."""
+MIXED_PRECISION_SIZE = 256
+"""Rows or columns from which on a float32 eigendecomposition saves time."""
 
-REGULAR = 1e-4
+SMALLEST_PAIR = 1e-4
 """The smallest ``a_i + b_j``, as a share of the largest diagonal entries, that float32 can be refined from."""
 
-STEPS = 8
+REFINEMENT_STEPS = 8
+"""Of conjugate gradients in float64, from the float32 decomposition."""
 
-EXACT = 1e-13
+FLOAT64_RESIDUAL = 1e-13
 """A relative residual that counts as that of float64."""
 
 
@@ -81,7 +82,7 @@ def solve_sylvester(a: Tensor, b: Tensor, c: Tensor, *, rtol: float | None = Non
 
     if rtol is None:
         rtol = max(4 * torch.finfo(dtype).eps, max(c.shape[-2:]) * torch.finfo(c.dtype).eps)
-    found = _mixed_precision(a, b, c) if rtol < REGULAR else None
+    found = _mixed_precision(a, b, c) if rtol < SMALLEST_PAIR else None
     w, rank = _double_precision(a, b, c, rtol) if found is None else found
 
     weight = (w * (size_c / size)).to(dtype)
@@ -114,11 +115,13 @@ def _mixed_precision(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor] |
         The solution and its rank; None for small systems, where nothing is gained, and for those that are not regular
         enough, which a Cholesky factor tells at a fraction of the cost.
     """
-    if max(c.shape[-2:]) < LARGE:
+    if max(c.shape[-2:]) < MIXED_PRECISION_SIZE:
         return None
     values_a, u = robust_eigh(a)
     shifted = b.float()
-    shift = values_a[..., :1] - REGULAR * (a.diagonal(0, -2, -1).amax(-1) + b.diagonal(0, -2, -1).amax(-1))[..., None]
+    shift = (
+        values_a[..., :1] - SMALLEST_PAIR * (a.diagonal(0, -2, -1).amax(-1) + b.diagonal(0, -2, -1).amax(-1))[..., None]
+    )
     shifted.diagonal(0, -2, -1).add_(shift.float())
     if bool(torch.linalg.cholesky_ex(shifted).info.any()):
         return None
@@ -136,9 +139,9 @@ def _mixed_precision(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor] |
         return ((inverse * ((r / size).float() @ v)) @ v.mT) * size
 
     def finished(r: Tensor) -> bool:
-        return bool((torch.linalg.matrix_norm(r) <= EXACT * norm).all())
+        return bool((torch.linalg.matrix_norm(r) <= FLOAT64_RESIDUAL * norm).all())
 
-    w, r, _ = conjugate_gradients(apply, precondition, torch.zeros_like(c), c, finished, STEPS)
+    w, r, _ = conjugate_gradients(apply, precondition, torch.zeros_like(c), c, finished, REFINEMENT_STEPS)
     if not finished(r):
         return None
     return u @ w, torch.full_like(norm, c.shape[-2] * c.shape[-1], dtype=torch.long)
@@ -181,9 +184,9 @@ def objective(weight: Tensor, x: Tensor, s: Tensor, encoding_weight: float = 1.0
 
 @torch.no_grad()
 def sylvester_(weight: Tensor, x: Tensor, s: Tensor, *, encoding_weight: float = 1.0) -> Tensor:
-    """Fill a weight with the minimiser of ``||X - W^T S||^2 + lambda ||W X - S||^2``, in the manner of `torch.nn.init`.
+    """Fill a weight with the minimizer of ``||X - W^T S||^2 + lambda ||W X - S||^2``, in the manner of `torch.nn.init`.
 
-    Rows and code are centred here, and the code is scaled to the root mean square of the rows.
+    Rows and code are centered here, and the code is scaled to the root mean square of the rows.
     With fewer rows than inputs the equation is solved in the space that the rows span; no d x d matrix is formed.
 
     Args:

@@ -191,9 +191,7 @@ class _Worker:
         self._stopped: SimpleQueue[BaseException | None] = SimpleQueue()
         self._ending = False
 
-    def resume(
-        self, forward: Callable[[int], Any], context: _ThreadContext, by_thread: dict[int, _Worker]
-    ) -> None:
+    def resume(self, forward: Callable[[int], Any], context: _ThreadContext, by_thread: dict[int, _Worker]) -> None:
         """Let the thread run, and wait until it stops at a site or ends; called in the caller's thread."""
         self.ready = False
         if self._thread is None:

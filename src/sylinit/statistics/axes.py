@@ -18,7 +18,7 @@ class Axes:
     Attributes:
         basis: ``[g, d, r]``, orthonormal columns.
         variances: ``[g, r]``, the variance along each axis, descending, exactly zero on null axes.
-        xt: ``[g, r, c]``, the covariance of ``x'`` with the target.
+        xt: ``[g, r, c]``, the covariance of ``x'`` with the target; zero, too, on null axes.
         tt: ``[c, c]``, the covariance of the target.
     """
 
@@ -39,4 +39,5 @@ def principal_axes(cov: Covariance, null_variance: float) -> Axes:
     variances, basis = variances.flip(1), basis.flip(2)
     basis = basis * signs(basis)
     null = variances <= null_variance * variances[:, :1].clamp(min=0)
-    return Axes(basis, variances.masked_fill(null, 0), basis.mT @ cov.xt, cov.tt)
+    xt = (basis.mT @ cov.xt).masked_fill(null.unsqueeze(2), 0)
+    return Axes(basis, variances.masked_fill(null, 0), xt, cov.tt)

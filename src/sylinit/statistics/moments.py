@@ -2,7 +2,7 @@
 
 With ``z = [1, x, t]`` (a row of input and its target), everything that a linear code needs is
 ``G = sum z z^T``. `Moments` holds the blocks of ``G`` as raw sums: they add, whatever the order, the batch size
-or the machine. `Covariance` is what remains after centring.
+or the machine. `Covariance` is what remains after centering.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Moments:
         return self
 
     def covariance(self) -> Covariance:
-        """Centre the sums and divide them by the count."""
+        """Center the sums and divide them by the count."""
         count = self.count.clamp(min=1)
         mean_x, mean_t = self.sum_x / count, self.sum_t / count
         mean = mean_x.to(self.xx)
@@ -126,7 +126,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Covariance:
-    """Means and centred second moments, divided by the number of rows; float64, ``xx`` perhaps float32.
+    """Means and centered second moments, divided by the number of rows; float64, ``xx`` perhaps float32.
 
     Attributes:
         dim: d, the number of coordinates of a row.

@@ -95,12 +95,12 @@ class Rows:
 
     @property
     def groups(self) -> int:
-        """g."""
+        """G."""
         return self.view.groups
 
     @property
     def dim(self) -> int:
-        """d."""
+        """D."""
         return self.view.dim
 
     def agree(self, good: bool) -> bool:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import sylinit
-from sylinit.codes.registry import Code, select_target
+from sylinit.codes import HEAD
+from sylinit.config import Config
 from sylinit.linalg.cross_validation import WEIGHTS, least_error_weight
 from sylinit.linalg.sylvester import sylvester_
-from sylinit.solve import Problem, fit_exact
+from sylinit.solvers.exact import fit_exact
+from sylinit.solvers.problem import Problem
 from sylinit.statistics.moments import Moments
 
 COUNT, DIM, CLASSES = 40, 12, 3
@@ -30,8 +32,7 @@ def head_weight(x: Tensor, y: Tensor) -> float:
     """What the library chooses for a head on these rows."""
     t = nn.functional.one_hot(y).double()
     cov = Moments.zeros(1, x.shape[1], CLASSES).update(x.unsqueeze(0), t).covariance()
-    problem = Problem("head", Code("head", select_target, "moments", labels=True), CLASSES, None, 1.0, 0, "logits")
-    return fit_exact(cov, problem).encoding_weight
+    return fit_exact(cov, Problem("head", HEAD, CLASSES, 0, "logits"), Config()).encoding_weight
 
 
 def scaled_code(x: Tensor, y: Tensor) -> Tensor:
