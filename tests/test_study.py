@@ -1,4 +1,4 @@
-"""Models, starts, training, vectorised training, statistics, figures."""
+"""Models, starts, training, statistics, figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from sylinit.study.presets import starts_for
 from sylinit.study.starts import STARTS, apply_start, equal_rates
 from sylinit.study.statistics import exponent, interval, paired
 from sylinit.study.train import Recipe, accuracy, area_under, augment, train
-from sylinit.study.vectorised import train_together
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -327,27 +326,6 @@ def test_augmentation_mirrors_and_shifts_whole_images() -> None:
     for a, b in zip(shifted, padded, strict=True):
         assert any(torch.equal(a, b[:, i : i + 6, j : j + 6]) for i in range(5) for j in range(5))
     assert not torch.equal(shifted, x)
-
-
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["mlp", "resnet20"])
-def test_together_is_one_by_one(name: str, optimiser: str) -> None:
-    members = 3
-    sets = [images(count=24, seed=seed) for seed in range(members)]
-    x, y = (torch.stack(part) for part in zip(*sets, strict=True))
-    models = []
-    for seed in range(members):
-        model = build(name, (2, 8, 8), 3).double()
-        apply_start("he-normal", model, x[seed].double(), y[seed], seed)
-        models.append(model)
-    together = copy.deepcopy(models)
-    recipe = Recipe(lr=0.01, optimiser=optimiser, epochs=2, batch_size=10, flip=True)
-    for seed, model in enumerate(models):
-        train(model, x[seed].double(), y[seed], x[seed].double(), y[seed], recipe, classes=3, seed=seed)
-    train_together(together, x.double(), y, recipe, list(range(members)))
-    for a, b in zip(models, together, strict=True):
-        for name_, value in a.state_dict().items():
-            torch.testing.assert_close(b.state_dict()[name_], value, atol=1e-8, rtol=1e-6)
 
 
 numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
