@@ -9,13 +9,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from sylinit.errors import SylinitError
-from sylinit.study.experiment import Experiment
-from sylinit.study.figures import save_svg
-from sylinit.study.panels import Panel, panels
-from sylinit.study.presets import PRESETS, Preset
-from sylinit.study.runner import TUNING_SEED, VALIDATION, Plan, Study, as_run, read
-from sylinit.study.store import Store
+from studies.panels import Panel, panels
+from studies.presets import PRESETS, Preset
+from studies.resume import as_run
+from sylinit import SylinitError
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.figures import save_svg
+from sylinit.comparison.plan import TUNING_SEED, Comparison, Plan, read
+from sylinit.comparison.runs import VALIDATION
+from sylinit.comparison.store import Store
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #222 }
@@ -53,16 +55,18 @@ def write_page(directory: Path) -> Path:
         if not store.records:
             continue
         plans = recorded(store) if preset is COMPARE else [as_run(preset.plan(quick), store)]
-        studies = [read(plan, store) for plan in plans]
+        comparisons = [read(plan, store) for plan in plans]
         anchor = f"{preset.name}{'-quick' if quick else ''}"
         scale = " (quick scale: a try-out, no evidence)" if quick else ""
         contents.append(f'<li><a href="#{anchor}">{html.escape(preset.question)}</a>{scale}</li>')
         parts.append(f'<h2 id="{anchor}">{html.escape(preset.question)}</h2>')
-        for study in studies:
-            parts += [_panel_html(panel) for panel in panels(preset, study)]
-            parts.append(f"<p class=small>{html.escape(_provenance(preset, quick, study))}</p>")
+        for comparison in comparisons:
+            parts += [_panel_html(panel) for panel in panels(preset, comparison)]
+            parts.append(f"<p class=small>{html.escape(_provenance(preset, quick, comparison))}</p>")
     if not parts:
-        raise SylinitError(f"{directory}: no results of any study here; run 'sylinit study PRESET --out {directory}'")
+        raise SylinitError(
+            f"{directory}: no results of any study here; run 'python -m studies PRESET --out {directory}'"
+        )
     target = directory / "index.html"
     target.write_text(
         "<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -76,7 +80,7 @@ def write_page(directory: Path) -> Path:
 
 
 def recorded(store: Store) -> list[Plan]:
-    """The plans that the records of a store come from: one for each task and each grid that starts were tuned over."""
+    """The plans that the records of a store come from: one for each task and each grid that was tuned over."""
     methods: dict[Experiment, list[Experiment]] = {}
     for record in store.records.values():
         methods.setdefault(record.experiment.method, []).append(record.experiment)
@@ -84,7 +88,7 @@ def recorded(store: Store) -> list[Plan]:
     for method, made in methods.items():
         tuned = [e for e in made if e.seed >= TUNING_SEED]
         grid, draws = tuple(sorted({e.lr for e in tuned})), len({e.seed for e in tuned})
-        tasks.setdefault((replace(method, start="", options=()), grid, draws), []).extend(made)
+        tasks.setdefault((replace(method, initialization="", options=()), grid, draws), []).extend(made)
     return [
         Plan(
             tuple(dict.fromkeys(e.method for e in made)),
@@ -122,13 +126,13 @@ def _row_html(cells: Iterable[str], tag: str, *, ours: bool = False) -> str:
     return f"<tr{' class=ours' if ours else ''}>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
 
-def _provenance(preset: Preset, quick: bool, study: Study) -> str:
+def _provenance(preset: Preset, quick: bool, comparison: Comparison) -> str:
     """With what, how often and how the results were made."""
-    plan, records = study.plan, study.records
+    plan, records = comparison.plan, comparison.records
     final = len(plan) - len(plan.tuning())
     epochs = sorted({record.experiment.epochs for record in records if record.experiment.epochs})
     seeds = sorted({record.experiment.seed for record in records})
-    command = f"sylinit {'' if preset is COMPARE else 'study '}{preset.name}{' --quick' if quick else ''}"
+    command = f"{'sylinit' if preset is COMPARE else 'python -m studies'} {preset.name}{' --quick' if quick else ''}"
     text = [f"{command}: {len(records)} of {final} runs, seeds {_listed(seeds)}"]
     if epochs:
         text.append(f"{_listed(epochs)} epochs, one cycle")

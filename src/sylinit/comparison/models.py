@@ -1,4 +1,4 @@
-"""Architectures to study: small, plain, and as the papers describe them; and users' own, by name."""
+"""Networks to compare on: small, plain, and as the papers describe them; and users' own, by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sylinit.errors import SylinitError
+from sylinit import SylinitError
 
 Factory = Callable[[tuple[int, ...], int], nn.Module]
 """``(shape of one sample, number of classes) -> model``."""
@@ -30,7 +30,7 @@ def mlp(shape: tuple[int, ...], classes: int, widths: Sequence[int] = (256, 128)
 
 
 def cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Five 3x3 convolutions with ReLU and no normalisation: 32-32-pool-64-64-pool-128-mean to 2x2-linear."""
+    """Five 3x3 convolutions with ReLU and no normalization: 32-32-pool-64-64-pool-128-mean to 2x2-linear."""
     channels = _image(shape, "cnn")[0]
 
     def conv(a: int, b: int) -> list[nn.Module]:

@@ -1,15 +1,14 @@
-"""What a study says: one row a method, the winner in plain words."""
+"""What a comparison says: one row a method, the winner in plain words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from sylinit.study.experiment import Experiment
-from sylinit.study.runner import Study
-from sylinit.study.statistics import Interval, interval, paired
-from sylinit.study.store import Record
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.plan import Comparison
+from sylinit.comparison.statistics import Interval, interval, paired
+from sylinit.comparison.store import Record
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The start and its options."""
+        """The initialization and its options."""
         return self.method.label
 
     def values(self, metric: str) -> list[float]:
@@ -47,16 +46,16 @@ class Row:
         return sum(bool(record.result.get("diverged")) for record in self.records)
 
 
-def rows(study: Study) -> list[Row]:
+def rows(comparison: Comparison) -> list[Row]:
     """One row for each arm that has records, in the order of the plan."""
     # A plan that tunes nothing keeps its learning rates apart: they are what it asks about.
-    tuned = bool(study.plan.grid)
+    tuned = bool(comparison.plan.grid)
     groups: dict[tuple[Experiment, float], list[Record]] = {}
-    for record in study.records:
+    for record in comparison.records:
         e = record.experiment
         groups.setdefault((e.method, e.lr), []).append(record)
     return [
-        Row(method, lr, tuple(sorted(group, key=lambda r: r.experiment.seed)), tuned and method in study.at_edge)
+        Row(method, lr, tuple(sorted(group, key=lambda r: r.experiment.seed)), tuned and method in comparison.at_edge)
         for (method, lr), group in groups.items()
     ]
 
@@ -75,7 +74,7 @@ def gap(first: Row, second: Row, metric: str = "after") -> Interval | None:
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
-    """The row that the others are compared with: plain sylinit, or its first variant beside other starts."""
+    """The row that the others are compared with: plain sylinit, or its first variant beside other initializations."""
     named = [row for row in rows if row.label.startswith("sylinit")]
     plain = [row for row in named if row.label == "sylinit"]
     return next(iter(plain or (named if len(named) < len(rows) else [])), None)
@@ -86,65 +85,6 @@ def mean_curve(row: Row) -> list[tuple[float, Interval]]:
     curves = [dict(map(tuple, record.result["curve"])) for record in row.records]
     epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
     return [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
-
-
-def epochs_to(row: Row, level: float) -> float | None:
-    """Epochs until the mean curve, straight between its points, first reaches `level`; None if it never does."""
-    curve = [(epoch, accuracy.mean) for epoch, accuracy in mean_curve(row)]
-    if curve[0][1] >= level:
-        return 0.0
-    for (start, low), (end, high) in pairwise(curve):
-        if high >= level:
-            return start + (end - start) * (level - low) / (high - low)
-    return None
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How soon a start reaches an accuracy.
-
-    Attributes:
-        epochs: until the mean curve is there; None if it never is.
-        seconds: until then, those of the start included.
-        start: seconds of the start alone.
-        whole: seconds in all.
-    """
-
-    epochs: float | None
-    seconds: float | None
-    start: float
-    whole: float
-
-
-@dataclass(frozen=True)
-class Race:
-    """How soon each start reaches where the best of the other starts ends.
-
-    Attributes:
-        best: that other start.
-        level: where its mean curve ends.
-        paces: of every start, by its label, best first.
-    """
-
-    best: Row
-    level: float
-    paces: dict[str, Pace]
-
-
-def race(rows: Sequence[Row]) -> Race | None:
-    """The race of these starts; None without sylinit, without others or without training."""
-    others = [row for row in rows if not row.label.startswith("sylinit")]
-    if not others or ours(rows) is None or not others[0].method.epochs:
-        return None
-    best = ranked(others)[0]
-    level = mean_curve(best)[-1][1].mean
-    paces = {}
-    for row in ranked(rows):
-        needed = epochs_to(row, level)
-        start, whole = row.interval("init_seconds").mean, row.interval("total_seconds").mean
-        spent = None if needed is None else start + (whole - start) * needed / row.method.epochs
-        paces[row.label] = Pace(needed, spent, start, whole)
-    return Race(best, level, paces)
 
 
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sylinit.errors import SylinitError
+from sylinit import SylinitError
+from sylinit.comparison import store
 
 PRECISIONS = ("float32", "bfloat16")
 """Of training steps and measurements."""
@@ -65,3 +67,10 @@ def fast_precision(device: torch.device) -> str:
     """``"bfloat16"``, but ``"float32"`` on a GPU that would have to emulate it, which is slower than that."""
     slow = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return "float32" if slow else "bfloat16"
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What a result was made with; ``bfloat16`` says whether mixed precision is native or that of `RoundedProducts`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {**store.environment(), "bfloat16": "rounded" if rounds(device) else "native"}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sylinit.errors import SylinitError
+from sylinit import SylinitError
 
 TEST_SHARE = 0.2
 """Share of each class that becomes the test part of data that comes in one piece."""
@@ -37,7 +37,7 @@ class Dataset:
         train_x: float32 ``[n, channels, height, width]`` or ``[n, features]``, each channel (feature) of mean 0 and
             variance 1 over the training part.
         train_y: int64 ``[n]``.
-        test_x: as `train_x`, normalised by the *training* statistics.
+        test_x: as `train_x`, normalized by the *training* statistics.
         test_y: as `train_y`.
         classes: number of classes.
         note: where the test part came from.
@@ -69,7 +69,7 @@ class Dataset:
 
 @functools.lru_cache(maxsize=2)
 def load(source: str) -> Dataset:
-    """Load a data set, normalised by its training part; the last two stay in memory.
+    """Load a data set, normalized by its training part; the last two stay in memory.
 
     Args:
         source: ``"digits"`` (scikit-learn's), a name in `ALIASES`, a directory of Parquet files or image folders, the

@@ -1,9 +1,11 @@
-"""Training a network from its start, the same way for every start."""
+"""Training a network from its initialization, the same way for every initialization."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sylinit.errors import SylinitError
-from sylinit.study.precision import autocast
+from sylinit import SylinitError
+
+Context = Callable[[], AbstractContextManager[object]]
+"""Makes what every forward pass runs under, such as ``lambda: torch.autocast("cpu", torch.bfloat16)``."""
 
 EVALUATE = 100
 """Samples a forward pass when measuring accuracy: few enough to stay in a cache."""
@@ -24,46 +28,43 @@ class Recipe:
 
     Attributes:
         lr: peak learning rate, reached after a quarter of the steps.
-        optimiser: ``"sgd"`` or ``"adamw"``.
+        optimizer: ``"sgd"`` or ``"adamw"``.
         epochs: passes over the data.
         batch_size: samples a step; 0 takes a tenth of the data, at least 16 and at most 128.
         weight_decay: of every parameter; None is 5e-4 for SGD and 0.01 for AdamW.
         flip: mirror each image left to right half of the time.
         crop: shift each image by up to so many pixels, zeros filling in.
         points: how often the learning curve is measured.
-        precision: of steps and of measurements: ``"float32"``, or ``"bfloat16"`` for mixed precision
-            (`torch.autocast`; weights and loss stay in float32).
     """
 
     lr: float
-    optimiser: str = "sgd"
+    optimizer: str = "sgd"
     epochs: int = 20
     batch_size: int = 0
     weight_decay: float | None = None
     flip: bool = False
     crop: int = 0
     points: int = 10
-    precision: str = "float32"
 
     def size(self, samples: int) -> int:
         """Samples a step."""
         return min(samples, self.batch_size or min(128, max(16, samples // 10)))
 
-    def make_optimiser(self, parameters: list[nn.Parameter] | list[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser over `parameters`."""
-        if self.optimiser == "sgd":
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer over `parameters`."""
+        if self.optimizer == "sgd":
             decay = 5e-4 if self.weight_decay is None else self.weight_decay
             return torch.optim.SGD(parameters, self.lr, momentum=0.9, nesterov=True, weight_decay=decay)
-        if self.optimiser == "adamw":
+        if self.optimizer == "adamw":
             decay = 0.01 if self.weight_decay is None else self.weight_decay
             return torch.optim.AdamW(parameters, self.lr, weight_decay=decay)
-        raise SylinitError(f"optimiser: expected 'sgd' or 'adamw', got {self.optimiser!r}")
+        raise SylinitError(f"optimizer: expected 'sgd' or 'adamw', got {self.optimizer!r}")
 
-    def make_schedule(self, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    def make_schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """One cycle over `steps` steps; momentum stays as it is."""
         # OneCycleLR divides by zero where the rise is one step long, which is at four steps
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, self.lr, total_steps=max(5, steps), pct_start=0.25, cycle_momentum=False
+            optimizer, self.lr, total_steps=max(5, steps), pct_start=0.25, cycle_momentum=False
         )
 
 
@@ -99,27 +100,29 @@ def train(
     classes: int,
     seed: int,
     curve_size: int = 1000,
+    context: Context = nullcontext,
 ) -> Outcome:
     """Train `model` in place and measure it.
 
     Args:
-        model: with its start already written.
+        model: with its initialization already written.
         x: training samples ``[n, ...]``, on the model's device.
         y: int64 ``[n]``.
         test_x: evaluation samples, never trained on.
         test_y: their labels.
         recipe: how to train.
         classes: number of classes.
-        seed: of the order of samples and of flips; equal for all starts, so that they see equal batches.
+        seed: of the order of samples and of flips; equal for all initializations, so that they see equal batches.
         curve_size: number of evaluation samples that the learning curve is measured on.
+        context: what the forward passes of steps and measurements run under; weights and loss stay as they are.
     """
     generator = torch.Generator().manual_seed(seed)
     size, chance = recipe.size(len(x)), 1 / classes
-    optimiser = recipe.make_optimiser([p for p in model.parameters() if p.requires_grad])
-    schedule = recipe.make_schedule(optimiser, math.ceil(len(x) / size) * recipe.epochs)
+    optimizer = recipe.make_optimizer([p for p in model.parameters() if p.requires_grad])
+    schedule = recipe.make_schedule(optimizer, math.ceil(len(x) / size) * recipe.epochs)
     part = _fixed_part(len(test_x), curve_size)
     # the curve's part of the evaluation data is not run twice where all of it is measured
-    hits = correct(model, test_x, test_y, recipe.precision)
+    hits = correct(model, test_x, test_y, context)
     before, curve = _or(share(hits), chance), [(0.0, _or(share(hits[part]), chance))]
     measured = {round(recipe.epochs * i / recipe.points) for i in range(1, recipe.points + 1)}
     after, seconds = math.nan, 0.0
@@ -127,23 +130,23 @@ def train(
         began = time.perf_counter()
         model.train()
         for index in batches(len(x), size, generator):
-            with autocast(x.device, recipe.precision):
+            with context():
                 logits = model(augment(x[index], recipe, generator))
             loss = cross_entropy(logits, y[index])
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         finite = math.isfinite(loss.item())
         seconds += time.perf_counter() - began
         if not finite:
             break
         if epoch == recipe.epochs:
-            hits = correct(model, test_x, test_y, recipe.precision)
+            hits = correct(model, test_x, test_y, context)
             after = share(hits)
             curve.append((float(epoch), share(hits[part])))
         elif epoch in measured:
-            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part], recipe.precision)))
+            curve.append((float(epoch), accuracy(model, test_x[part], test_y[part], context)))
     diverged = not math.isfinite(after)
     if diverged:
         curve = [*[point for point in curve if math.isfinite(point[1])], (float(recipe.epochs), chance)]
@@ -156,13 +159,13 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") -> Tensor:
+def correct(model: nn.Module, x: Tensor, y: Tensor, context: Context = nullcontext) -> Tensor:
     """For each sample 1 if its largest logit is its class's, else 0; NaN if a logit is not finite. ``[n]``."""
     training = model.training
     model.eval()
     hits = []
     for part, labels in zip(x.split(EVALUATE), y.split(EVALUATE), strict=True):
-        with autocast(x.device, precision):
+        with context():
             logits = model(part)
         right = (logits.argmax(1) == labels).float()
         hits.append(right.masked_fill(~logits.isfinite().all(1), math.nan))
@@ -170,9 +173,9 @@ def correct(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") 
     return torch.cat(hits)
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, context: Context = nullcontext) -> float:
     """Share of samples whose largest logit is their class's; NaN if a logit is not finite."""
-    return share(correct(model, x, y, precision))
+    return share(correct(model, x, y, context))
 
 
 def share(hits: Tensor) -> float:

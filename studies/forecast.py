@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from sylinit.study.experiment import Experiment
-from sylinit.study.store import Record
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.store import Record
 
 SIZES = {"cifar10": (50_000, 10_000, 1.0), "fashion-mnist": (60_000, 10_000, 0.77), "digits": (1_400, 360, 0.07)}
 """Training samples, test samples and pixels, as a share of 32x32."""

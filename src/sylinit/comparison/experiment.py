@@ -10,32 +10,36 @@ from typing import Any, Literal
 
 Options = tuple[tuple[str, Any], ...]
 
+STORED_NAMES = {"initialization": "start", "optimizer": "optimiser"}
+"""Fields that stored results, and the keys made from them, know by another name."""
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network, its data, its start and its training. Equal experiments give equal results.
+    """A network, its data, its initialization and its training. Equal experiments give equal results.
 
     Attributes:
         dataset: for `data.load`.
         model: for `models.build`.
-        start: a name in `starts.STARTS`.
+        initialization: a name in `initializations.INITIALIZATIONS`, or one that the task knows.
         shots: training samples a class; None is all of them.
-        options: of the start, such as ``(("code", "pca"),)``.
-        optimiser: ``"sgd"`` or ``"adamw"``.
+        options: of the initialization, such as ``(("code", "pca"),)``.
+        optimizer: ``"sgd"`` or ``"adamw"``.
         lr: peak learning rate.
         epochs: passes over the training subset.
-        seed: of the subset, the start, and the order of training, the same for every start: results are paired.
+        seed: of the subset, the initialization, and the order of training, the same for every initialization: results
+            are paired.
         split: where accuracy is measured: training data that is held back, or the test set.
-        task: a name in `runner.TASKS`.
+        task: a name among the tasks that run it, such as `runner.TASKS`.
         setting: of the task.
     """
 
     dataset: str
     model: str
-    start: str
+    initialization: str
     shots: int | None = None
     options: Options = ()
-    optimiser: str = "sgd"
+    optimizer: str = "sgd"
     lr: float = 0.1
     epochs: int = 20
     seed: int = 0
@@ -55,8 +59,8 @@ class Experiment:
 
     @property
     def label(self) -> str:
-        """The start and its options, as they stand in tables: ``sylinit code=pca``."""
-        return " ".join([self.start, *(f"{key}={value}" for key, value in self.options)])
+        """The initialization and its options, as they stand in tables: ``sylinit code=pca``."""
+        return " ".join([self.initialization, *(f"{key}={value}" for key, value in self.options)])
 
     def get(self, name: str) -> Any:
         """A field, an option or a setting by name."""
@@ -66,10 +70,12 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. A data set on disk goes by its own name: where it lies is no part of a result."""
-        return {**asdict(self), "dataset": Path(self.dataset).name if Path(self.dataset).exists() else self.dataset}
+        values = {STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        return {**values, "dataset": Path(self.dataset).name if Path(self.dataset).exists() else self.dataset}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Experiment:
         """What `to_dict` gave, perhaps through JSON."""
-        pairs = {name: tuple((key, value) for key, value in values[name]) for name in ("options", "setting")}
-        return Experiment(**{**values, **pairs})
+        named = {field.name: values[STORED_NAMES.get(field.name, field.name)] for field in fields(Experiment)}
+        pairs = {name: tuple((key, value) for key, value in named[name]) for name in ("options", "setting")}
+        return Experiment(**{**named, **pairs})

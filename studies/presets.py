@@ -1,16 +1,15 @@
-"""The questions that `sylinit study` answers, each as data: which experiments, and what its figure shows."""
+"""The questions that the studies answer, each as data: which experiments, and what its figure shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sylinit.errors import SylinitError
-from sylinit.study.experiment import Experiment
-from sylinit.study.finetune import HEADS
-from sylinit.study.runner import GRIDS, Plan
-from sylinit.study.starts import STARTS
+from studies.finetune import HEADS
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.initializations import INITIALIZATIONS
+from sylinit.comparison.plan import GRIDS, Plan
 
 Pairs = tuple[tuple[str, Any], ...]
 
@@ -53,24 +52,24 @@ GRID, QUICK_GRID = GRIDS["sgd"], (0.01, 0.03)
 
 
 def fewshot(quick: bool) -> Plan:
-    """Every start at every number of shots."""
+    """Every initialization at every number of shots."""
     cells = (
         [("digits", "mlp")]
         if quick
         else [(data, model) for data in ("cifar10", "fashion-mnist") for model in ("resnet20", "cnn")]
     )
     arms = [
-        Experiment(data, model, start, shots, epochs=10 if quick else epochs_for(shots))
+        Experiment(data, model, name, shots, epochs=10 if quick else epochs_for(shots))
         for data, model in cells
         for shots in ((5, 20) if quick else (5, 10, 20, 50, 100, 500))
-        for start in (FEW if quick else starts_for(model))
+        for name in (FEW if quick else initializations_for(model))
     ]
     return _plan(arms, quick, seeds=5)
 
 
-def starts_for(model: str) -> list[str]:
-    """Every start that differs from the others: under normalisation PCA whitening is not rescaled."""
-    return [start for start in STARTS if not (model == "resnet20" and start == "pca-whitening-rescaled")]
+def initializations_for(model: str) -> list[str]:
+    """Every initialization that differs from the others: under normalization PCA whitening is not rescaled."""
+    return [name for name in INITIALIZATIONS if not (model == "resnet20" and name == "pca-whitening-rescaled")]
 
 
 def epochs_for(shots: int) -> int:
@@ -83,8 +82,8 @@ def scratch(quick: bool) -> Plan:
     setting = (("crop", 4), ("points", 30), ("batch_size", 128))
     base = Experiment("digits", "mlp", "", epochs=6) if quick else Experiment("cifar10", "resnet20", "", epochs=60)
     arms = [
-        replace(base, start=start, setting=() if quick else setting)
-        for start in (FEW if quick else starts_for(base.model))
+        replace(base, initialization=name, setting=() if quick else setting)
+        for name in (FEW if quick else initializations_for(base.model))
     ]
     return replace(_plan(arms, quick, seeds=3), grid=QUICK_GRID if quick else (0.1, 0.3, 1.0))
 
@@ -138,15 +137,15 @@ def timing(quick: bool) -> Plan:
         "width": (64, 128) if quick else (64, 128, 256, 512, 1024),
         "samples": (250, 500) if quick else (250, 500, 1000, 2000, 4000, 8000),
     }
-    starts: list[tuple[str, Pairs]] = [("sylinit", ()), ("lsuv", ())]
+    methods: list[tuple[str, Pairs]] = [("sylinit", ()), ("lsuv", ())]
     if not quick:
         variants: list[Pairs] = [(("code", code),) for code in ("pca", "label", "kmeans")]
-        starts[1:1] = [("sylinit", options) for options in (*variants, (("solver", "exact"),))]
+        methods[1:1] = [("sylinit", options) for options in (*variants, (("solver", "exact"),))]
     arms = [
         Experiment(
             "synthetic",
             "mlp",
-            start,
+            name,
             options=options,
             lr=0.0,
             epochs=0,
@@ -155,20 +154,20 @@ def timing(quick: bool) -> Plan:
         )
         for sweep, values in sweeps.items()
         for value in values
-        for start, options in starts
+        for name, options in methods
     ]
     return Plan(tuple(arms), grid=(), seeds=(0,) if quick else (0, 1, 2), workers=1)
 
 
 def learning_rate(quick: bool) -> Plan:
-    """Every start at every learning rate of both optimisers; nothing is tuned."""
+    """Every initialization at every learning rate of both optimizers; nothing is tuned."""
     cells = [("digits", "mlp", 10)] if quick else [("cifar10", "cnn", 50), ("cifar10", "resnet20", 50)]
     arms = [
-        Experiment(data, model, start, shots, optimiser=optimiser, lr=lr, epochs=10 if quick else epochs_for(shots))
+        Experiment(data, model, name, shots, optimizer=optimizer, lr=lr, epochs=10 if quick else epochs_for(shots))
         for data, model, shots in cells
-        for optimiser in ("sgd", "adamw")
-        for lr in (GRIDS[optimiser][1:3] if quick else GRIDS[optimiser])
-        for start in (FEW if quick else starts_for(model))
+        for optimizer in ("sgd", "adamw")
+        for lr in (GRIDS[optimizer][1:3] if quick else GRIDS[optimizer])
+        for name in (FEW if quick else initializations_for(model))
     ]
     return replace(_plan(arms, quick, seeds=3), grid=())
 
@@ -188,28 +187,6 @@ def _plan(arms: list[Experiment], quick: bool, *, seeds: int) -> Plan:
     if not quick:
         arms = [replace(arm, setting=(*MIXED, *arm.setting)) for arm in arms]
     return Plan(tuple(arms), grid=QUICK_GRID if quick else GRID, seeds=tuple(range(2 if quick else seeds)))
-
-
-def part(plan: Plan, wanted: Mapping[str, tuple[str, Sequence[str]]]) -> Plan:
-    """The arms of a plan that have given values.
-
-    Args:
-        plan: of a preset.
-        wanted: for each option of the command, a field of `Experiment` and the values wanted, as text.
-
-    Raises:
-        SylinitError: for a value that no arm has.
-    """
-    arms = plan.arms
-    for option, (name, values) in wanted.items():
-        there = list(dict.fromkeys(str(arm.get(name)) for arm in plan.arms))
-        for value in values:
-            if value not in there:
-                raise SylinitError(f"{option} {value}: this study has {', '.join(there)}")
-        arms = tuple(arm for arm in arms if str(arm.get(name)) in values)
-    if not arms:
-        raise SylinitError(f"{' '.join(wanted)}: nothing in this study has all of these at once")
-    return replace(plan, arms=arms)
 
 
 PRESETS = {

@@ -1,4 +1,4 @@
-"""Figures that a person can read: labels at the lines, colours for colour-blind eyes, bands for uncertainty."""
+"""Figures that a person can read: labels at the lines, colors for color-blind eyes, bands for uncertainty."""
 
 from __future__ import annotations
 
@@ -13,26 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from sklearn.isotonic import isotonic_regression
 
-from sylinit.study.statistics import Interval
-from sylinit.study.summary import Row, mean_curve, ranked
+from sylinit.comparison.statistics import Interval
+from sylinit.comparison.summary import Row, mean_curve, ranked
 
 OURS = ("#D55E00", "#E69F00", "#8C2D04", "#B8860B")
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000", "#9C9EDE")
 MARKERS = "osD^vP*Xh<>"
 
-TITLES = {
-    "before": "accuracy before training (%)",
-    "after": "accuracy after training (%)",
-    "area": "mean accuracy over training (%)",
-    "init_seconds": "seconds of one core to initialise",
-    "forward_passes": "cost in forward passes",
-    "extra_bytes": "extra memory (MB)",
-}
-SCALES = {"before": 100.0, "after": 100.0, "area": 100.0, "extra_bytes": 1e-6}
-
 
 def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each label: sylinit warm and thick, unless there is nothing else to tell it from."""
+    """Color and marker of each label: sylinit warm and thick, unless there is nothing else to tell it from."""
     ours = [label for label in labels if label.startswith("sylinit")]
     warm = ours if len(ours) < len(labels) else ours[:1]
     cold = [label for label in labels if label not in warm]
@@ -52,16 +42,16 @@ def before_and_after(rows: Sequence[Row], title: str) -> Figure:
     axes = figure.subplots()
     looks = style([row.label for row in rows])
     for place, row in enumerate(ordered):
-        colour = looks[row.label]["color"]
+        color = looks[row.label]["color"]
         before, after = row.interval("before"), row.interval("after")
-        axes.plot([100 * before.mean, 100 * after.mean], [place, place], color=colour, alpha=0.3, linewidth=2)
-        for value, face in ((before, "white"), (after, colour)):
+        axes.plot([100 * before.mean, 100 * after.mean], [place, place], color=color, alpha=0.3, linewidth=2)
+        for value, face in ((before, "white"), (after, color)):
             axes.errorbar(
-                100 * value.mean, place, xerr=_half(value, 100), fmt="o", color=colour, markerfacecolor=face, capsize=3
+                100 * value.mean, place, xerr=_half(value, 100), fmt="o", color=color, markerfacecolor=face, capsize=3
             )
         axes.annotate(
             f"{100 * after.mean:.1f}", (100 * (after.mean + (_half(after, 1) or 0)), place), xytext=(6, -3),
-            textcoords="offset points", color=colour, fontsize=9,
+            textcoords="offset points", color=color, fontsize=9,
         )  # fmt: skip
     axes.set_yticks(range(len(ordered)), [row.label for row in ordered])
     axes.set(title=title, ylim=(-0.7, len(ordered) - 0.3), xlim=(0, None))
@@ -74,22 +64,33 @@ def before_and_after(rows: Sequence[Row], title: str) -> Figure:
 def learning_curves(rows: Sequence[Row], title: str) -> Figure:
     """Accuracy over epochs, the mean of the seeds with a 95 % band."""
     series = {row.label: mean_curve(row) for row in rows}
-    return lines(series, title, "epoch", "after", ylabel="accuracy (%)")
+    return lines(series, title, "epoch", "accuracy (%)")
 
 
 def lines(
     series: Mapping[str, Sequence[tuple[float, Interval]]],
     title: str,
     xlabel: str,
-    metric: str,
+    ylabel: str,
     *,
-    log: bool = False,
-    ylabel: str | None = None,
+    scale: float = 100.0,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> Figure:
-    """A line a label, named at its right end, with a 95 % band (of two values it would hide all else)."""
+    """A line a label, named at its right end, with a 95 % band (of two values it would hide all else).
+
+    Args:
+        series: pairs of a place on the horizontal axis and a value there, by label.
+        title: of the figure.
+        xlabel: of the horizontal axis.
+        ylabel: of the vertical axis.
+        scale: what values are multiplied by; 100 shows shares, which lie in [0, 1], as percentages.
+        log_x: whether the horizontal axis is logarithmic, with a tick at each place.
+        log_y: whether the vertical axis is logarithmic.
+    """
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    scale, looks = SCALES.get(metric, 1.0), style(list(series))
+    looks = style(list(series))
     ends = []
     for label, points in series.items():
         x = [p for p, _ in points]
@@ -103,19 +104,19 @@ def lines(
             alpha = 0.12 if len(series) < 6 or "linewidth" in looks[label] else 0.05  # many bands would make mud
             axes.fill_between(x, low, high, color=looks[label]["color"], alpha=alpha, linewidth=0)
         ends.append((y[-1], x[-1], label))
-    if log:
+    if log_x:
         axes.set_xscale("log")
         ticks = sorted({x for points in series.values() for x, _ in points})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.minorticks_off()
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if scale == 1.0:
+    if log_y:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # all nine of a decade would overlap
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel or TITLES.get(metric, metric))
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     _plain(axes, "both")
     _name_ends(axes, ends, looks)
     return figure

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from sylinit.errors import SylinitError
-from sylinit.study.data import Dataset, cache_directory, load
-from sylinit.study.experiment import Experiment
-from sylinit.study.models import build
-from sylinit.study.runner import device, fit, subset
-from sylinit.study.starts import BATCH, apply_start
-from sylinit.study.train import Recipe, train
+from studies.precision import autocast
+from sylinit import SylinitError, initialize_
+from sylinit.comparison.data import Dataset, cache_directory, load
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.initializations import BATCH, apply_initialization
+from sylinit.comparison.models import build
+from sylinit.comparison.runner import Report, load_data
+from sylinit.comparison.runs import device, fit, subset
+from sylinit.comparison.training import Recipe, train
 
 PRETRAIN_EPOCHS = 10
 
 
 def run_finetune(experiment: Experiment) -> dict[str, Any]:
-    """Take the pretrained network, give it a new head as `experiment.start` says, and train all of it.
+    """Take the pretrained network, give it a new head as `experiment.initialization` says, and train all of it.
 
     The setting names ``source`` (a data set), ``pretrain_classes`` and ``classes`` (first and last, as in ``"0-4"``;
     None is all), ``pretrain_epochs`` and ``pretrain_samples`` (None is all).
@@ -39,17 +42,27 @@ def run_finetune(experiment: Experiment) -> dict[str, Any]:
     began = time.perf_counter()
     replace_head(model, data.classes)
     model.to(device())
-    if experiment.start not in HEADS:
-        raise SylinitError(f"start {experiment.start!r}: fine-tuning knows {', '.join(HEADS)}")
-    HEADS[experiment.start](model, part.x, part.y, experiment.seed)
+    if experiment.initialization not in HEADS:
+        raise SylinitError(f"initialization {experiment.initialization!r}: fine-tuning knows {', '.join(HEADS)}")
+    HEADS[experiment.initialization](model, part.x, part.y, experiment.seed)
     seconds = time.perf_counter() - began
-    return {**fit(model, part, experiment, data, init_seconds=seconds), "source_accuracy": source_accuracy}
+    context = partial(autocast, device(), experiment.get("precision") or "float32")
+    result = fit(model, part, experiment, data, init_seconds=seconds, context=context)
+    return {**result, "source_accuracy": source_accuracy}
+
+
+def prepare_finetune(experiments: Sequence[Experiment], report: Report) -> None:
+    """Read the data and pretrain, once each."""
+    load_data(experiments, report)
+    for experiment in {replace(e.method, initialization="", options=()): e for e in experiments}.values():
+        report(f"pretraining {experiment.model} on {experiment.get('source') or experiment.dataset}")
+        pretrained(experiment)
 
 
 def pretrained(experiment: Experiment) -> tuple[nn.Module, float]:
     """The network trained on the source classes, and its accuracy on their test part.
 
-    Trained once, from He's start with AdamW, then read from the cache directory.
+    Trained once, from He's initialization with AdamW, then read from the cache directory.
 
     Raises:
         SylinitError: if it learned next to nothing.
@@ -72,7 +85,7 @@ def pretrained(experiment: Experiment) -> tuple[nn.Module, float]:
         return model, reached
     index = torch.randperm(len(source.train_y), generator=torch.Generator().manual_seed(0))[:samples]
     x, y = source.train_x[index].to(device()), source.train_y[index].to(device())
-    apply_start("he-normal", model.to(device()), x, y, 0)
+    apply_initialization("he-normal", model.to(device()), x, y, 0)
     # AdamW, because SGD at the rate that suits one data set kills a plain network on another
     recipe = Recipe(1e-3, "adamw", epochs, batch_size=64, flip=source.shape[0] == 3, points=1)
     test_x, test_y = source.test_x.to(device()), source.test_y.to(device())
@@ -176,15 +189,15 @@ def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: flo
     z = (rows - mean) / scale
     weight = torch.zeros_like(head.weight).requires_grad_()
     bias = torch.zeros_like(head.bias).requires_grad_()
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = F.cross_entropy(F.linear(z, weight, bias), y) + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     with torch.no_grad():
         head.weight.copy_(weight / scale)
         head.bias.copy_(bias - (weight / scale) @ mean)
@@ -232,15 +245,13 @@ def ridge_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
 
 
 def sylinit_part(which: Callable[[nn.Module], list[str]]) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
-    """A start that computes the layers that `which` names, the head among them, and keeps the others as pretrained."""
+    """Compute the layers that `which` names, the head among them, and keep the others as pretrained."""
 
-    def start(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
-        from sylinit import initialize_
-
+    def initialize(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
         parts = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
         initialize_(model, parts, layers=which(model), generator=torch.Generator().manual_seed(seed))
 
-    return start
+    return initialize
 
 
 def last_block(model: nn.Module) -> list[str]:

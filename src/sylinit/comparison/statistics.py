@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from sylinit.errors import SylinitError
+from sylinit import SylinitError
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,3 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     if len(first) != len(second):
         raise SylinitError(f"paired: expected as many values of both, got {len(first)} and {len(second)}")
     return interval([a - b for a, b in zip(first, second, strict=True)])
-
-
-@dataclass(frozen=True)
-class Exponent:
-    """The power p of ``y = c x^p`` with the half-width of its 95 % interval."""
-
-    power: float
-    half: float
-
-
-def exponent(x: Sequence[float], y: Sequence[float]) -> Exponent:
-    """Fit a power law by least squares on logarithms."""
-    if len(set(x)) < 2:
-        raise SylinitError("exponent: expected at least two different sizes")
-    logs, n = np.log(np.asarray(x, float)), len(x)
-    power, offset = np.polyfit(logs, np.log(y), 1)
-    if n < 3:
-        return Exponent(float(power), math.nan)
-    squares = float(np.square(np.log(y) - power * logs - offset).sum())
-    error = math.sqrt(squares / (n - 2) / float(np.square(logs - logs.mean()).sum()))
-    return Exponent(float(power), float(stats.t.ppf(0.975, n - 2)) * error)

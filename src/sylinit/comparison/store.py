@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,27 @@ from typing import Any
 import torch
 
 import sylinit
-from sylinit.study.experiment import Experiment
-from sylinit.study.precision import rounds
+from sylinit.comparison.experiment import Experiment
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What a result was made with: versions, commit (where the package lies in a checkout) and kind of device."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "sylinit": sylinit.__version__,
+        "commit": commit or None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cores": os.cpu_count(),
+    }
 
 
 @dataclass(frozen=True)
@@ -27,10 +48,16 @@ class Record:
 
 
 class Store:
-    """A JSON-lines file of records. A killed writer costs at most the line it was writing."""
+    """A JSON-lines file of records. A killed writer costs at most the line it was writing.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: of the file, which need not be there yet.
+        made_with: what new records say that they were made with.
+    """
+
+    def __init__(self, path: str | Path, made_with: Callable[[], dict[str, Any]] = environment) -> None:
         self.path = Path(path)
+        self.made_with = made_with
         self.records: dict[str, Record] = {}
         self._torn: int | None = None
         if self.path.exists():
@@ -45,7 +72,7 @@ class Store:
 
     def add(self, experiment: Experiment, result: dict[str, Any]) -> Record:
         """Append a record and see it on the disk before returning."""
-        record = Record(experiment, result, environment())
+        record = Record(experiment, result, self.made_with())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._torn is not None:
             # the last writer was killed within a line: this one must not be glued to what it left
@@ -61,38 +88,9 @@ class Store:
     def _read(self) -> None:
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) != len(text):  # mended by who writes next: a reader may look while a study is running
+        if len(whole) != len(text):  # cut off by the next writer: a reader may look while runs are under way
             self._torn = len(whole)
         for line in whole.splitlines():
             values = json.loads(line)
             experiment = Experiment.from_dict(values["experiment"])
             self.records[experiment.key] = Record(experiment, values["result"], values["environment"])
-
-
-_environment: dict[str, Any] = {}
-
-
-def environment() -> dict[str, Any]:
-    """What a result was made with: versions, commit (where the package lies in a checkout) and kind of device.
-
-    ``bfloat16`` says whether mixed precision is that of instructions or of `RoundedProducts`.
-    """
-    if not _environment:
-        here = Path(__file__).parent
-        try:
-            commit = subprocess.run(
-                ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10
-            ).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            commit = ""
-        cuda = torch.cuda.is_available()
-        _environment.update(
-            sylinit=sylinit.__version__,
-            commit=commit or None,
-            torch=torch.__version__,
-            python=platform.python_version(),
-            device=torch.cuda.get_device_name() if cuda else platform.machine(),
-            cores=os.cpu_count(),
-            bfloat16="rounded" if rounds(torch.device("cuda" if cuda else "cpu")) else "native",
-        )
-    return _environment

@@ -1,33 +1,34 @@
-"""What a start costs: seconds and memory against depth, width, samples and code."""
+"""What an initialization costs: seconds and memory against depth, width, samples and code."""
 
 from __future__ import annotations
 
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sylinit.study.allocator import return_freed_memory
-from sylinit.study.experiment import Experiment
-from sylinit.study.models import mlp
-from sylinit.study.starts import apply_start
+from studies.allocator import return_freed_memory
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.initializations import apply_initialization
+from sylinit.comparison.models import mlp
+from sylinit.comparison.runner import Report
 
 REPEATS = 5
 
 
 def run_timing(experiment: Experiment) -> dict[str, Any]:
-    """Time a start, on one thread, on a fully connected network and random data.
+    """Time an initialization, on one thread, on a fully connected network and random data.
 
     The setting names ``depth``, ``width`` and ``samples``. Seconds are those that the processor spent on it, which
     other programs on the machine do not lengthen; memory is measured apart, since watching it costs time.
 
     Returns:
-        Median seconds of the start and of a plain forward pass, their ratio, and the start's extra memory in bytes
-        (None where the system does not tell).
+        Median seconds of the initialization and of a plain forward pass, their ratio, and the extra memory of the
+        initialization in bytes (None where the system does not tell).
     """
     depth, width, samples = (int(experiment.get(name)) for name in ("depth", "width", "samples"))
     generator = torch.Generator().manual_seed(experiment.seed)
@@ -35,7 +36,7 @@ def run_timing(experiment: Experiment) -> dict[str, Any]:
     x = torch.randn(samples, width, generator=generator) + torch.randn(10, width, generator=generator)[y]
     model = mlp((width,), 10, [width] * (depth - 1))
     options = {**dict(experiment.options)}
-    if experiment.start == "sylinit":
+    if experiment.initialization == "sylinit":
         options["samples"] = samples
 
     def forward() -> None:
@@ -43,14 +44,14 @@ def run_timing(experiment: Experiment) -> dict[str, Any]:
             for part in x.split(500):
                 model(part)
 
-    def start() -> None:
-        apply_start(experiment.start, model, x, y, experiment.seed, options)
+    def initialize() -> None:
+        apply_initialization(experiment.initialization, model, x, y, experiment.seed, options)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine blur a time tenfold
     try:
-        extra = peak_memory(start)  # this first call also loads what is loaded once
-        init = statistics.median(_seconds(start) for _ in range(REPEATS))
+        extra = peak_memory(initialize)  # this first call also loads what is loaded once
+        init = statistics.median(_seconds(initialize) for _ in range(REPEATS))
         plain = statistics.median(_seconds(forward) for _ in range(REPEATS))
     finally:
         torch.set_num_threads(threads)
@@ -60,6 +61,10 @@ def run_timing(experiment: Experiment) -> dict[str, Any]:
         "forward_passes": init / plain,
         "extra_bytes": extra,
     }
+
+
+def prepare_nothing(experiments: Sequence[Experiment], report: Report) -> None:
+    """Each run makes its own data."""
 
 
 def peak_memory(action: Callable[[], None]) -> int | None:

@@ -1,4 +1,4 @@
-"""Starting points to compare: what each does to a freshly built model, seeded and timed."""
+"""Initializations to compare: what each does to a freshly built model, seeded and timed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from sylinit.errors import SylinitError
+from sylinit import SylinitError, initialize_
 
-Start = Callable[..., None]
+Initialization = Callable[..., None]
 """``(model, x, y, seed, **options)``; writes the weights in place."""
 
 CALIBRATION = 2000
-"""At most so many training samples go into a start that reads data."""
+"""At most so many training samples go into an initialization that reads data."""
 
 BATCH = 500
 """Samples of a forward pass; LSUV, which takes one batch, and PCA whitening read no more than these."""
@@ -39,7 +39,7 @@ def pytorch(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
 
 
 def drawn(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, draw: Callable[[Tensor], Any]) -> None:
-    """Every weight drawn the same way, biases zero, normalisations at 1 and 0."""
+    """Every weight drawn the same way, biases zero, normalizations at 1 and 0."""
     pytorch(model, x, y, seed)
     for module in model.modules():
         if isinstance(module, (nn.Linear, _ConvNd)):
@@ -63,10 +63,10 @@ def lsuv(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
 
 
 def pca_whitening(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, rescale: bool = False) -> None:
-    """Each layer's units are whitened principal components of its input, centred by the bias.
+    """Each layer's units are whitened principal components of its input, centered by the bias.
 
     Units beyond the dimension of the input, and the last layer, are Gaussian; all have unit output variance on the
-    calibration data. With `rescale` the layers of a network without normalisation are then rescaled against each
+    calibration data. With `rescale` the layers of a network without normalization are then rescaled against each
     other, as in the paper (`equal_rates`). Attention projections keep PyTorch's default.
 
     Source: Krähenbühl, Doersch, Donahue and Darrell, *Data-dependent Initializations of Convolutional Neural Networks*,
@@ -145,14 +145,12 @@ def equal_rates(model: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], x: Te
 
 def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int = CALIBRATION, **options: Any) -> None:
     """`sylinit.initialize_` with `options`, on up to `samples` samples of those that the model will be trained on."""
-    from sylinit import initialize_
-
     pytorch(model, x, y, seed)
     parts = zip(x[:samples].split(BATCH), y[:samples].split(BATCH), strict=True)
     initialize_(model, list(parts), train_size=len(x), generator=torch.Generator().manual_seed(seed), **options)
 
 
-STARTS: dict[str, Start] = {
+INITIALIZATIONS: dict[str, Initialization] = {
     "pytorch": pytorch,
     "he-uniform": partial(drawn, draw=partial(nn.init.kaiming_uniform_, nonlinearity="relu")),
     "he-normal": partial(drawn, draw=partial(nn.init.kaiming_normal_, nonlinearity="relu")),
@@ -166,18 +164,18 @@ STARTS: dict[str, Start] = {
 }
 
 
-def apply_start(
+def apply_initialization(
     name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int, options: Mapping[str, Any] | None = None
 ) -> float:
-    """Give a model a starting point; equal seeds give equal weights.
+    """Initialize a model; equal seeds give equal weights.
 
     Args:
-        name: a name in `STARTS`.
+        name: a name in `INITIALIZATIONS`.
         model: changed in place.
         x: training samples, every leading part of them fit for calibration.
         y: int64 ``[n]``, their labels.
         seed: of everything random; the global random state is left as it was.
-        options: of the start.
+        options: of the initialization.
 
     Returns:
         Seconds it took.
@@ -185,24 +183,23 @@ def apply_start(
     Raises:
         SylinitError: for an unknown name.
     """
-    check_start(name)
+    check_initialization(name)
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.no_grad():
-            STARTS[name](model, x, y, seed, **(options or {}))
+            INITIALIZATIONS[name](model, x, y, seed, **(options or {}))
         if x.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
 
-def check_start(name: str) -> None:
-    """Raise `SylinitError` unless `name` is a registered start."""
-    if name not in STARTS:
-        near = difflib.get_close_matches(name, STARTS, n=1)
-        raise SylinitError(
-            f"start {name!r}: expected one of {', '.join(STARTS)}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+def check_initialization(name: str) -> None:
+    """Raise `SylinitError` unless `name` is a registered initialization."""
+    if name not in INITIALIZATIONS:
+        near = difflib.get_close_matches(name, INITIALIZATIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SylinitError(f"initialization {name!r}: expected one of {', '.join(INITIALIZATIONS)}{hint}")
 
 
 def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, budget: int = 20_000) -> Tensor:
@@ -220,7 +217,7 @@ def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, budget: int = 20_000) -> T
 
 
 def _whitened(rows: Tensor, units: int, *, pca: bool) -> Tensor:
-    """``[units, d]``: directions scaled to unit variance on centred `rows` ``[n, d]``."""
+    """``[units, d]``: directions scaled to unit variance on centered `rows` ``[n, d]``."""
     covariance = rows.T @ rows / len(rows)
     directions = torch.randn(units, rows.shape[1]).to(rows)
     if pca:
@@ -233,7 +230,7 @@ def _whitened(rows: Tensor, units: int, *, pca: bool) -> Tensor:
 
 
 def _adopt_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Running mean and variance of a normalisation are those of the input at hand."""
+    """Running mean and variance of a normalization are those of the input at hand."""
     assert isinstance(norm, _NormBase)
     assert norm.running_mean is not None
     assert norm.running_var is not None

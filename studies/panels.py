@@ -9,11 +9,26 @@ from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
-from sylinit.study.figures import SCALES, TITLES, before_and_after, learning_curves, lines
-from sylinit.study.presets import Preset
-from sylinit.study.runner import Study
-from sylinit.study.statistics import Interval, exponent
-from sylinit.study.summary import Pace, Row, gap, ours, race, ranked, rows, verdict
+from studies.exponents import exponent
+from studies.presets import Preset
+from studies.race import Pace, race
+from sylinit.comparison.figures import before_and_after, learning_curves, lines
+from sylinit.comparison.plan import Comparison
+from sylinit.comparison.statistics import Interval
+from sylinit.comparison.summary import Row, gap, ours, ranked, rows, verdict
+
+TITLES = {
+    "before": "accuracy before training (%)",
+    "after": "accuracy after training (%)",
+    "area": "mean accuracy over training (%)",
+    "init_seconds": "seconds of one core to initialise",
+    "forward_passes": "cost in forward passes",
+    "extra_bytes": "extra memory (MB)",
+}
+"""What a metric is, with the unit it is shown in."""
+
+SCALES = {"before": 100.0, "after": 100.0, "area": 100.0, "extra_bytes": 1e-6}
+"""What a metric is multiplied by to be shown; others are shown as they are."""
 
 DERIVED = {
     "init_seconds": {
@@ -33,7 +48,7 @@ DERIVED = {
         ("lsuv", "samples"): "0 from 500",
     },
 }
-"""Exponents that counting operations and bytes gives, by what is measured, start and size."""
+"""Exponents that counting operations and bytes gives, by what is measured, initialization and size."""
 
 LOST = "Runs that diverged and count as chance"
 
@@ -61,19 +76,19 @@ class Panel:
     remarks: tuple[str, ...] = ()
 
 
-def panels(preset: Preset, study: Study) -> list[Panel]:
-    """The panels of a study as far as it has been run."""
-    several = len({row.method.optimiser for row in rows(study)}) > 1
-    measured = "" if study.plan.split == "test" else " (held-back training data)"
+def panels(preset: Preset, comparison: Comparison) -> list[Panel]:
+    """The panels of a comparison as far as it has been run."""
+    several = len({row.method.optimizer for row in rows(comparison)}) > 1
+    measured = "" if comparison.plan.split == "test" else " (held-back training data)"
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows(study):
+    for row in rows(comparison):
         method = row.method
         axis = preset.axis(method)[0] if preset.axis else ""
         fixed = axis != "shots" and method.task != "time"  # the number of examples
         size = "all training data" if method.shots is None else f"{method.shots} examples a class"
-        optimiser = method.optimiser if several else ""
-        title = _joined(", ", method.dataset, method.model, size if fixed else "", optimiser) + measured
-        short = _joined("-", method.dataset, method.model, str(method.shots or "all") if fixed else "", optimiser, axis)
+        optimizer = method.optimizer if several else ""
+        title = _joined(", ", method.dataset, method.model, size if fixed else "", optimizer) + measured
+        short = _joined("-", method.dataset, method.model, str(method.shots or "all") if fixed else "", optimizer, axis)
         groups.setdefault((title, re.sub("[^a-z0-9]+", "-", short.lower()), axis), []).append(row)
     return [_panel(preset, group, *key) for key, group in groups.items()]
 
@@ -111,7 +126,7 @@ def _flat(preset: Preset, group: list[Row], title: str, name: str) -> Panel:
 
 
 def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
-    """How soon each start reaches what the best of the others ends with; nothing without sylinit and others."""
+    """How soon each initialization reaches where the best of the others ends; nothing without sylinit and others."""
     raced = race(group)
     if raced is None:
         return ()
@@ -120,8 +135,8 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
             label,
             _epochs(each),
             "" if each.seconds is None else f"{each.seconds:.1f}",
-            f"{each.start:.2f}",
-            f"{each.whole:.1f}",
+            f"{each.init_seconds:.2f}",
+            f"{each.total_seconds:.1f}",
         )
         for label, each in raced.paces.items()
     ]
@@ -132,7 +147,7 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
 
 
 def _speeds(series: Mapping[str, Mapping[float, Row]], xlabel: str, places: Sequence[float]) -> tuple[Grid, ...]:
-    """The same along an axis: epochs to where the best other start ends, and the start's part of the time."""
+    """The same along an axis, and the part of the time that the initialization takes."""
     races = {place: race([points[place] for points in series.values() if place in points]) for place in places}
     if not any(races.values()):
         return ()
@@ -146,14 +161,17 @@ def _speeds(series: Mapping[str, Mapping[float, Row]], xlabel: str, places: Sequ
 
     best = ("best other", *(r.best.label if (r := races[p]) else "" for p in places))
     level = ("its end (%)", *(f"{100 * r.level:.1f}" if (r := races[p]) else "" for p in places))
-    spent = cells(
-        lambda each: f"{each.start:.2g} of {each.whole:.3g}" if each.start >= 0.01 else f"0 of {each.whole:.3g}"
-    )
+    spent = cells(_share_of_time)
     caption = "epochs until the mean curve reaches where the best other start ends"
     return (
         Grid(caption, header, (best, level, *cells(_epochs))),
         Grid("seconds of the start, of those in all, on the machines that the runs were made on", header, tuple(spent)),
     )
+
+
+def _share_of_time(pace: Pace) -> str:
+    init = f"{pace.init_seconds:.2g}" if pace.init_seconds >= 0.01 else "0"
+    return f"{init} of {pace.total_seconds:.3g}"
 
 
 def _epochs(pace: Pace) -> str:
@@ -174,6 +192,7 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
         return _flat(preset, group, f"{title}, {xlabel}: {places[0]:g}", f"{name}-{places[0]:g}")
     figures, tables, own = [], [], ours(group)
     for metric in preset.metrics:
+        scale = SCALES.get(metric, 1.0)
         drawn: dict[str, list[tuple[float, Interval]]] = {
             label: [(value, points[value].interval(metric)) for value in sorted(points) if points[value].values(metric)]
             for label, points in series.items()
@@ -181,14 +200,14 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
         drawn = {label: points for label, points in drawn.items() if points}
         if not drawn:
             continue
-        figures.append((metric, lines(drawn, title, xlabel, metric, log=True)))
+        figures.append((metric, lines(drawn, title, xlabel, TITLES[metric], scale=scale, log_x=True, log_y=scale == 1)))
         cells = [
             (label, *(_number(dict(points).get(place), metric) for place in places)) for label, points in drawn.items()
         ]
         tables.append(Grid(TITLES[metric], (xlabel, *(f"{place:g}" for place in places)), tuple(cells)))
         if metric in DERIVED:
             tables.append(_exponents(drawn, metric, axis))
-        if SCALES.get(metric) == 100.0:
+        if scale == 100.0:
             if len(series) > 1 and own is not None:
                 tables.append(_gaps(own.label, series, metric, xlabel, places))
             elif len(series) == 1 and axis != "shots":  # other numbers of examples are other tasks
@@ -234,7 +253,7 @@ def _exponents(series: Mapping[str, Sequence[tuple[float, Interval]]], metric: s
 
 
 def _falls(label: str, points: Mapping[float, Row], metric: str, xlabel: str) -> Grid:
-    """How far one start is, at each place of an axis, below the place where its mean is highest."""
+    """How far one initialization is, at each place of an axis, below the place where its mean is highest."""
     known = {place: points[place] for place in sorted(points) if points[place].values(metric)}
     top, best = max(known.items(), key=lambda item: item[1].interval(metric).mean)
     cells = (label, *("" if row is best else _signed(gap(best, row, metric)) for row in known.values()))
@@ -244,7 +263,7 @@ def _falls(label: str, points: Mapping[float, Row], metric: str, xlabel: str) ->
 def _gaps(
     own: str, series: Mapping[str, Mapping[float, Row]], metric: str, xlabel: str, places: Sequence[float]
 ) -> Grid:
-    """How far one start is above every other."""
+    """How far one initialization is above every other."""
     mine, cells = series[own], []
     for label, points in series.items():
         if label != own:
