@@ -24,14 +24,18 @@ from unittest import mock
 from torch import Tensor
 
 from harness import before_and_after
+from studies.allocator import keep_freed_memory
+from studies.precision import environment
+from studies.presets import MIXED, epochs_for
+from studies.tasks import TASKS
 from sylinit import calibrate, engine, layer, plan
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.plan import TUNING_SEED
+from sylinit.comparison.pool import cores, pool
+from sylinit.comparison.runner import load_data
+from sylinit.comparison.runner import run as run_experiment
 from sylinit.moments import Covariance
 from sylinit.routes import Problem
-from sylinit.study import runner
-from sylinit.study.experiment import Experiment
-from sylinit.study.pool import cores, pool
-from sylinit.study.presets import MIXED, epochs_for
-from sylinit.study.store import environment
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 
@@ -127,7 +131,7 @@ def work(run: Run) -> dict[str, object]:
         stack.enter_context(mock.patch.object(engine, "ENCODING_WEIGHT", values["encoding_weight"]))
         if "filters" in values:
             stack.enter_context(mock.patch.object(layer, "_calibrate", with_filters(values["filters"])))
-        return runner.run(run.experiment)
+        return run_experiment(run.experiment, TASKS)
 
 
 def with_filters(wanted: str | float) -> Callable[..., Any]:
@@ -159,15 +163,13 @@ def main() -> None:
     if RESULTS.exists():
         done = {row["key"]: row["result"] for row in map(json.loads, RESULTS.read_text().splitlines())}
     runs = [
-        make_run(
-            given.data, model, given.shots, given.epochs or epochs_for(given.shots), runner.TUNING_SEED + seed, values
-        )
+        make_run(given.data, model, given.shots, given.epochs or epochs_for(given.shots), TUNING_SEED + seed, values)
         for seed in range(given.seeds)
         for model in given.models
         for values in settings(model, given.shots, given.epochs)
     ]
-    runner.prepare([run.experiment for run in runs], lambda what: None)
-    with pool(cores()) as each, RESULTS.open("a") as file:
+    load_data([run.experiment for run in runs], lambda what: None)
+    with pool(cores(), keep_freed_memory) as each, RESULTS.open("a") as file:
         for run, result in each(work, [run for run in runs if run.key not in done]):
             if isinstance(result, BaseException):
                 raise result

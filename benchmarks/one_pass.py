@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sylinit
 from harness import Results, ceilings, save_figure, seconds
-from sylinit.study.models import build, mlp
+from sylinit.comparison.models import build, mlp
 
 Batches = list[tuple[Tensor, Tensor]]
 Case = Callable[[], tuple[nn.Module, Batches]]

@@ -17,10 +17,10 @@ import torch
 
 import sylinit
 from harness import Results, save_figure, seconds
-from sylinit.study.data import few_shot, load
-from sylinit.study.models import build
-from sylinit.study.statistics import interval
-from sylinit.study.train import accuracy
+from sylinit.comparison.data import few_shot, load
+from sylinit.comparison.models import build
+from sylinit.comparison.statistics import interval
+from sylinit.comparison.training import accuracy
 
 MODELS = ("cnn", "resnet20")
 SHOTS = 50

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 import sylinit
 from sylinit.codes import CODES
+from sylinit.comparison.data import few_shot, load
+from sylinit.comparison.figures import OTHERS, OURS, save
+from sylinit.comparison.store import environment
+from sylinit.comparison.training import accuracy
 from sylinit.engine import ENCODING_WEIGHT
 from sylinit.moments import Covariance, Moments
 from sylinit.projected import TOLERANCE
 from sylinit.routes import Problem, fit_exact, fit_projected
-from sylinit.study.data import few_shot, load
-from sylinit.study.figures import OTHERS, OURS, save
-from sylinit.study.store import environment
-from sylinit.study.train import accuracy
 from sylinit.views import views_of
 
 RESULTS = Path(__file__).parent / "results"

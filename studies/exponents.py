@@ -21,13 +21,17 @@ class Exponent:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> Exponent:
-    """Fit a power law by least squares on logarithms.
+    """Fit a power law by least squares on logarithms (`scipy.stats.linregress` has no interval for a constant y).
 
     Raises:
         SylinitError: if all sizes are equal.
     """
     if len(set(x)) < 2:
         raise SylinitError("exponent: expected at least two different sizes")
-    fit = stats.linregress(np.log(x), np.log(y))
-    half = stats.t.ppf(0.975, len(x) - 2) * fit.stderr if len(x) > 2 else math.nan
-    return Exponent(float(fit.slope), float(half))
+    logs, n = np.log(np.asarray(x, float)), len(x)
+    power, offset = np.polyfit(logs, np.log(y), 1)
+    if n < 3:
+        return Exponent(float(power), math.nan)
+    squares = float(np.square(np.log(y) - power * logs - offset).sum())
+    error = math.sqrt(squares / (n - 2) / float(np.square(logs - logs.mean()).sum()))
+    return Exponent(float(power), float(stats.t.ppf(0.975, n - 2)) * error)

@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 
-from sylinit.study.experiment import Experiment
-from sylinit.study.precision import PRECISIONS
-from sylinit.study.presets import PRESETS
-from sylinit.study.runner import as_run, in_precision, read
-from sylinit.study.starts import STARTS
-from sylinit.study.store import Record, Store
-from sylinit.study.summary import Row, gap, race, rows
+from studies.precision import PRECISIONS
+from studies.presets import PRESETS
+from studies.race import race
+from studies.resume import as_run, in_precision
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.initializations import INITIALIZATIONS
+from sylinit.comparison.plan import read
+from sylinit.comparison.store import Record, Store
+from sylinit.comparison.summary import Row, gap, rows
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.studies
+
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r"(?<![\d.])[+-]?\d+\.\d ± \d+\.\d(?!\d)")
 METRICS = ("before", "after", "area")
@@ -30,7 +34,7 @@ FEW_LABELS = (("cifar10", "cnn"), ("cifar10", "resnet20"), ("fashion-mnist", "re
 
 def place(name: str, e: Experiment) -> tuple[Any, ...]:
     """What is compared within a study."""
-    return name, Path(e.dataset).name, e.model, e.shots, e.epochs, e.optimiser
+    return name, Path(e.dataset).name, e.model, e.shots, e.epochs, e.optimizer
 
 
 def measured() -> Iterator[tuple[tuple[Any, ...], str, Record]]:
@@ -52,12 +56,12 @@ def measured() -> Iterator[tuple[tuple[Any, ...], str, Record]]:
         if e.split == "test":
             yield (*place("fewshot" if e.shots else "scratch", e), None), "the former default", record
     for record in Store(RESULTS / "ideas.jsonl").records.values():
-        yield place("ideas", record.experiment), record.experiment.start, record
+        yield place("ideas", record.experiment), record.experiment.initialization, record
     for line in (RESULTS / "defaults.jsonl").read_text(encoding="utf-8").splitlines():
         found = json.loads(line)
         values, fields = json.loads(found["key"])
         e = Experiment.from_dict(fields)
-        yield place("defaults", e), f"{values} {e.start}", Record(e, found["result"], {})
+        yield place("defaults", e), f"{values} {e.initialization}", Record(e, found["result"], {})
     for arm in json.loads((RESULTS / "rows.json").read_text(encoding="utf-8"))["rows"].values():
         for seed, run in enumerate(arm["runs"]):
             e = Experiment("cifar10", arm["model"], "sylinit", 50, seed=seed)
@@ -66,7 +70,7 @@ def measured() -> Iterator[tuple[tuple[Any, ...], str, Record]]:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, set[str]]:
-    """Figures as they are printed: the means of each start, the gaps between it and others, and under "" everything."""
+    """Figures as they are printed: means of each initialization, its gaps to others, and under "" everything."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for where, label, record in measured():
         groups[where][label].append(record)
@@ -87,28 +91,28 @@ def known() -> dict[str, set[str]]:
     return found
 
 
-def start_of(line: str) -> str:
-    """The start that a row of a table is about, if it is."""
+def initialization_of(line: str) -> str:
+    """The initialization that a row of a table is about, if it is."""
     label = re.match(r"\| (?:gap to )?`([\w-]+)`", line.replace("PCA whitening", "`pca-whitening`"))
-    return label[1] if label and label[1] in STARTS else ""
+    return label[1] if label and label[1] in INITIALIZATIONS else ""
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/studies.md"])
 def test_every_interval_follows_from_the_results(page: str, known: dict[str, set[str]]) -> None:
     wrong = [
-        f"{page}:{number}: {figure} {start}".rstrip()
+        f"{page}:{number}: {figure} {name}".rstrip()
         for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1)
-        for start in [start_of(line)]
+        for name in [initialization_of(line)]
         for figure in FIGURE.findall(line)
-        if figure not in known[("gap " if start and figure[0] in "+-" else "") + start]
+        if figure not in known[("gap " if name and figure[0] in "+-" else "") + name]
     ]
     assert not wrong, "not in the results:\n" + "\n".join(wrong)
 
 
 def test_the_tables_of_few_labels_are_the_results_and_mark_the_edges_of_the_grid() -> None:
     store = Store(RESULTS / "study" / "fewshot.jsonl")
-    study = read(as_run(PRESETS["fewshot"].plan(False), store), store)
-    made = {(r.method.dataset, r.method.model, r.method.shots, r.label): r for r in rows(study)}
+    comparison = read(as_run(PRESETS["fewshot"].plan(False), store), store)
+    made = {(r.method.dataset, r.method.model, r.method.shots, r.label): r for r in rows(comparison)}
     text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| examples a class | 5")]
     assert len(tables) == len(FEW_LABELS)
@@ -125,9 +129,9 @@ def test_the_tables_of_few_labels_are_the_results_and_mark_the_edges_of_the_grid
                     assert cell == expected, f"{task}, {count} a class, {name}: {cell} instead of {expected}"
             if not name.startswith("`"):  # a gap, which the test above looks at, or epochs
                 continue
-            start, metric = name.split("`")[1], "before" if "before" in name else "after"
+            shown, metric = name.split("`")[1], "before" if "before" in name else "after"
             for count, cell in zip(shots, cells, strict=True):
-                row = made.get((*task, count, start))  # what was not run has an empty cell
+                row = made.get((*task, count, shown))  # what was not run has an empty cell
                 edge = "*" if row and row.at_edge and metric == "after" else ""
                 expected = row.interval(metric).percent() + edge if row else ""
                 assert cell == expected, f"{task}, {count} a class, {name}: {cell} instead of {expected}"

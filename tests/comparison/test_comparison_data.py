@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sylinit.errors import SylinitError
-from sylinit.study.data import few_shot, held_back, load, split
+from sylinit import SylinitError
+from sylinit.comparison.data import few_shot, held_back, load, split
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +45,12 @@ def write_parquet(root: Path, part: str, images: np.ndarray, labels: list[int]) 
     datasets.Dataset.from_dict(table, features=features).to_parquet(root / f"{part}-00000-of-00001.parquet")
 
 
-def normalised(train: np.ndarray, x: np.ndarray) -> torch.Tensor:
+def normalized(train: np.ndarray, x: np.ndarray) -> torch.Tensor:
     """The obvious way, in float64, for channels last."""
     return torch.from_numpy(((x - train.mean((0, 1, 2))) / train.std((0, 1, 2))).transpose(0, 3, 1, 2))
 
 
-def test_parquet_is_read_normalised_and_cached(tmp_path: Path) -> None:
+def test_parquet_is_read_normalized_and_cached(tmp_path: Path) -> None:
     train, test = pixels(9, 0), pixels(6, 1)
     write_parquet(tmp_path / "d", "train", train, [0, 1, 2] * 3)
     write_parquet(tmp_path / "d", "test", test, [0, 1] * 3)
@@ -60,8 +60,8 @@ def test_parquet_is_read_normalised_and_cached(tmp_path: Path) -> None:
         assert data.classes == 3
         assert data.train_y.tolist() == [0, 1, 2] * 3
         assert data.test_y.tolist() == [0, 1] * 3
-        torch.testing.assert_close(data.train_x.double(), normalised(train, train), atol=1e-5, rtol=0)
-        torch.testing.assert_close(data.test_x.double(), normalised(train, test), atol=1e-5, rtol=0)
+        torch.testing.assert_close(data.train_x.double(), normalized(train, train), atol=1e-5, rtol=0)
+        torch.testing.assert_close(data.test_x.double(), normalized(train, test), atol=1e-5, rtol=0)
     assert len(list((tmp_path / "cache" / "sylinit").glob("*.safetensors"))) == 1
 
 
@@ -76,7 +76,7 @@ def test_image_folders_without_a_test_part_are_split_by_class(tmp_path: Path) ->
     assert data.test_y.bincount().tolist() == [2, 2]
 
 
-def test_grey_images_have_one_channel(tmp_path: Path) -> None:
+def test_gray_images_have_one_channel(tmp_path: Path) -> None:
     write_folder(tmp_path / "d", pixels(10, 3, channels=1), ["x", "y"] * 5)
     assert load(str(tmp_path / "d")).shape == (1, 6, 5)
 
