@@ -177,7 +177,7 @@ def random_head(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
 def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: float = 0.1) -> None:
     """Train the head alone to convergence (logistic regression by L-BFGS), before everything is trained.
 
-    Features are centred and scaled to unit root mean square, and `penalty` / 2 times the squared weights is added. Of
+    Features are centerd and scaled to unit root mean square, and `penalty` / 2 times the squared weights is added. Of
     1e-3, 1e-2 and 0.1, and of scaling each feature by itself, this was best on held-back images of CIFAR-10.
 
     Source: Kumar, Raghunathan, Jones, Ma and Liang, *Fine-Tuning can Distort Pretrained Features and Underperform
@@ -207,7 +207,7 @@ def linear_probe(model: nn.Module, x: Tensor, y: Tensor, seed: int, penalty: flo
 def fit_ridge(rows: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor, float]:
     """Ridge regression of the one-hot labels on rows; the penalty of least leave-one-out error.
 
-    With X = U diag(s) V^T centred, the fit is H Y with H = U diag(s^2 / (s^2 + p)) U^T, and the leave-one-out
+    With X = U diag(s) V^T centerd, the fit is H Y with H = U diag(s^2 / (s^2 + p)) U^T, and the leave-one-out
     residual of a sample is its residual over (1 - H_ii - 1/n).
 
     Args:
@@ -219,20 +219,20 @@ def fit_ridge(rows: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor, fl
         Weight ``[classes, d]`` and bias ``[classes]``, both float64, and the penalty p.
     """
     rows, targets = rows.double(), F.one_hot(y, classes).double()
-    mean, centre = rows.mean(0), targets.mean(0)
+    mean, center = rows.mean(0), targets.mean(0)
     u, s, vh = torch.linalg.svd(rows - mean, full_matrices=False)
-    projected = u.T @ (targets - centre)
+    projected = u.T @ (targets - center)
     best, penalty = float("inf"), 0.0
     for power in torch.linspace(-6, 2, 33).tolist():
         tried = 10**power * s[0].square().item()
         shrink = s.square() / (s.square() + tried)
-        residual = targets - centre - u @ (shrink[:, None] * projected)
+        residual = targets - center - u @ (shrink[:, None] * projected)
         leverage = (u.square() @ shrink) + 1 / len(rows)
         error = (residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().mean().item()
         if error < best:
             best, penalty = error, tried
     weight = (vh.T @ ((s / (s.square() + penalty))[:, None] * projected)).T
-    return weight, centre - weight @ mean, penalty
+    return weight, center - weight @ mean, penalty
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ h2 { margin-top: 3rem; border-top: 2px solid #222; padding-top: 1rem } .small { 
 """
 
 
-COMPARE = Preset("compare", "Which start is best for one network and few examples?", lambda quick: Plan(()))
+COMPARE = Preset("compare", "Which initialization is best for one network and few examples?", lambda quick: Plan(()))
 """Results of `sylinit compare`, as a preset: its plan is what its records say."""
 
 
@@ -71,7 +71,7 @@ def write_page(directory: Path) -> Path:
     target.write_text(
         "<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>sylinit: the evidence</title><style>{CSS}</style>\n<h1>sylinit: the evidence</h1>\n"
-        "<p>Starts compared on equal terms: the same examples for every start, each with its learning rate chosen on "
+        "<p>Initializations compared on equal terms: the same examples for all, each with its learning rate chosen on "
         "held-back training data from one shared grid, means over seeds with 95 % intervals.</p>\n"
         f"<ul>{''.join(contents)}</ul>\n" + "\n".join(parts) + "\n</html>\n",
         encoding="utf-8",

@@ -21,7 +21,7 @@ TITLES = {
     "before": "accuracy before training (%)",
     "after": "accuracy after training (%)",
     "area": "mean accuracy over training (%)",
-    "init_seconds": "seconds of one core to initialise",
+    "init_seconds": "seconds of one core to initialize",
     "forward_passes": "cost in forward passes",
     "extra_bytes": "extra memory (MB)",
 }
@@ -116,7 +116,7 @@ def _flat(preset: Preset, group: list[Row], title: str, name: str) -> Panel:
         for row in ranked(group)
     ]
     names = {"before": "before training", "after": "after training", "area": "mean over training"}
-    header = ("start", "learning rate", "seeds", *(names[m] for m in shown), "gap")
+    header = ("initialization", "learning rate", "seeds", *(names[m] for m in shown), "gap")
     caption = f"accuracy (%); gap: {own.label} after training less each other, paired by seed"
     table = Grid(caption, header, tuple(cells))
     figures = (("accuracy", before_and_after(group, title)), ("curves", learning_curves(group, title)))
@@ -142,7 +142,13 @@ def _speed(group: Sequence[Row]) -> tuple[Grid, ...]:
     ]
     best, level = raced.best, f"{100 * raced.level:.1f} %"
     caption = f"epochs of {best.method.epochs} until the mean curve reaches {level}, where {best.label} ends"
-    header = ("start", "epochs", "seconds, start included", "seconds of the start", "seconds in all")
+    header = (
+        "initialization",
+        "epochs",
+        "seconds, initialization included",
+        "seconds of the initialization",
+        "seconds in all",
+    )
     return (Grid(caption, header, tuple(cells)),)
 
 
@@ -162,10 +168,11 @@ def _speeds(series: Mapping[str, Mapping[float, Row]], xlabel: str, places: Sequ
     best = ("best other", *(r.best.label if (r := races[p]) else "" for p in places))
     level = ("its end (%)", *(f"{100 * r.level:.1f}" if (r := races[p]) else "" for p in places))
     spent = cells(_share_of_time)
-    caption = "epochs until the mean curve reaches where the best other start ends"
+    caption = "epochs until the mean curve reaches where the best other initialization ends"
+    seconds = "seconds of the initialization, of those in all, on the machines that the runs were made on"
     return (
         Grid(caption, header, (best, level, *cells(_epochs))),
-        Grid("seconds of the start, of those in all, on the machines that the runs were made on", header, tuple(spent)),
+        Grid(seconds, header, tuple(spent)),
     )
 
 
@@ -217,7 +224,7 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
 
 
 def _warnings(series: Mapping[str, Mapping[float, Row]], xlabel: str) -> tuple[str, ...]:
-    """Where a mean may say less of a start than it seems to: tuning ended at an edge, or runs were lost."""
+    """Where a mean may say less of an initialization than it seems to: tuning ended at an edge, or runs were lost."""
     edges, lost = [], []
     precisions: dict[str, set[float]] = {}
     for points in series.values():

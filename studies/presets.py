@@ -194,7 +194,7 @@ PRESETS = {
     for preset in (
         Preset(
             "fewshot",
-            "What is a start from data worth when labels are few?",
+            "What is an initialization from data worth when labels are few?",
             fewshot,
             field("shots"),
             ("before", "after", "area"),

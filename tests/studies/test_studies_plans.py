@@ -202,7 +202,7 @@ def test_a_sweep_says_how_soon_each_initialization_is_there_and_what_part_of_the
         ("lsuv", "4.0", "4.0"),
         ("he-normal", "never", ""),
     )
-    assert seconds.caption.startswith("seconds of the start")
+    assert seconds.caption.startswith("seconds of the initialization")
     assert seconds.cells == (
         ("sylinit", "2 of 10", "2 of 10"),
         ("lsuv", "1 of 9", "1 of 9"),
