@@ -28,14 +28,16 @@ from studies.allocator import keep_freed_memory
 from studies.precision import environment
 from studies.presets import MIXED, epochs_for
 from studies.tasks import TASKS
-from sylinit import calibrate, engine, layer, plan
+from sylinit import initialize as engine
+from sylinit import layer, plan
+from sylinit import scaling as calibrate
 from sylinit.comparison.experiment import Experiment
 from sylinit.comparison.plan import TUNING_SEED
 from sylinit.comparison.pool import cores, pool
 from sylinit.comparison.runner import load_data
 from sylinit.comparison.runner import run as run_experiment
-from sylinit.moments import Covariance
-from sylinit.routes import Problem
+from sylinit.solve import Problem
+from sylinit.statistics.moments import Covariance
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 

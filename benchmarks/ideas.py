@@ -35,7 +35,7 @@ from studies.finetune import features, layer_names
 from studies.presets import MIXED
 from studies.tasks import TASKS, open_store
 from sylinit import initialize_
-from sylinit.codes import LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, Code, LinearCode, mixed
+from sylinit.codes.registry import LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, Code, LinearCode, mixed
 from sylinit.comparison.experiment import Experiment
 from sylinit.comparison.initializations import INITIALIZATIONS, pytorch
 from sylinit.comparison.plan import TUNING_SEED

@@ -27,16 +27,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import sylinit
-from sylinit.codes import CODES
+from sylinit.codes.registry import CODES
 from sylinit.comparison.data import few_shot, load
 from sylinit.comparison.figures import OTHERS, OURS, save
 from sylinit.comparison.store import environment
 from sylinit.comparison.training import accuracy
-from sylinit.engine import ENCODING_WEIGHT
-from sylinit.moments import Covariance, Moments
-from sylinit.projected import TOLERANCE
-from sylinit.routes import Problem, fit_exact, fit_projected
-from sylinit.views import views_of
+from sylinit.initialize import ENCODING_WEIGHT
+from sylinit.layers.views import views_of
+from sylinit.linalg.projected import TOLERANCE
+from sylinit.solve import Problem, fit_exact, fit_projected
+from sylinit.statistics.moments import Covariance, Moments
 
 RESULTS = Path(__file__).parent / "results"
 SHOTS = 50

@@ -22,14 +22,16 @@ import torch
 import sylinit
 from harness import Results, ceilings, seconds
 from one_pass import Batches, cases
-from sylinit import engine, layer, routes
-from sylinit.correlation import share_for_all
-from sylinit.engine import default_rows
-from sylinit.gather import Gathered
+from sylinit import initialize as engine
+from sylinit import layer
+from sylinit import solve as routes
+from sylinit.data.targets import describe
+from sylinit.initialize import default_rows
+from sylinit.layers.views import ConvView, views_of
 from sylinit.plan import make_plan
-from sylinit.routes import leading_components, subspace_rank
-from sylinit.targets import describe
-from sylinit.views import ConvView, views_of
+from sylinit.solve import leading_components, subspace_rank
+from sylinit.statistics.patch_moments import share_for_all
+from sylinit.statistics.rows import Gathered
 
 STEPS: dict[str, tuple[Any, str]] = {
     "moments": (Gathered, "covariance"),

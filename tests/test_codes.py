@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
-from sylinit.codes import CODES, LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, fill, orthogonal_rows, target_units
+from sylinit.codes.registry import CODES, LABEL_SHARE, NORMALISED_LABEL_SHARE, Axes, fill, orthogonal_rows, target_units
 from sylinit.errors import SylinitError
 
 NAMES = ["pca", "label", "mixed", "lda", "random", "random_projection", "kmeans", "ica", "nmf"]

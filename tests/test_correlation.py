@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sylinit import correlation
-from sylinit.correlation import correlate, patch_moments, pays, stream
-from sylinit.moments import Moments
-from sylinit.views import View, views_of
+from sylinit.layers.views import View, views_of
+from sylinit.statistics import patch_moments as correlation
+from sylinit.statistics.moments import Moments
+from sylinit.statistics.patch_moments import correlate, patch_moments, pays, stream
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZES = (6, 5, 4)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit.errors import SylinitError
-from sylinit.processes import ProcessFailedError
+from sylinit.runtime.processes import ProcessFailedError
 
 DEADLINE = 120
 """Seconds after which a process that waits for another gives up."""

@@ -12,9 +12,9 @@ from torch import nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
-from sylinit import calibrate
-from sylinit.calibrate import LOGIT_DEVIATION, NORM_OFFSET, NORM_SCALE
+from sylinit import scaling as calibrate
 from sylinit.plan import FEW
+from sylinit.scaling import LOGIT_DEVIATION, NORM_OFFSET, NORM_SCALE
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -631,7 +631,7 @@ def test_fewer_rows_than_dimensions_equal_the_exact_route(monkeypatch):
     x = x.double()
     models = [nn.Sequential(nn.Linear(50, 12), nn.ReLU(), nn.Linear(12, 3)).double() for _ in range(2)]
     reports = [sylinit.initialize_(models[0], [(x, y)])]
-    monkeypatch.setattr("sylinit.engine.use_rows", lambda code, used, dim: code.needs == "rows")
+    monkeypatch.setattr("sylinit.initialize.use_rows", lambda code, used, dim: code.needs == "rows")
     reports.append(sylinit.initialize_(models[1], [(x, y)]))
     assert [report["0"].solver for report in reports] == ["row-space", "exact"]
     with torch.no_grad():

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import sylinit
 from conftest import Residual, images, small_resnet
 from sylinit.errors import SylinitError
-from sylinit.processes import ProcessFailedError
+from sylinit.runtime.processes import ProcessFailedError
 
 DEADLINE = 60
 """Seconds after which a process that waits for another gives up."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sylinit.interrupts import held_interrupts, told_interrupts
+from sylinit.runtime.interrupts import held_interrupts, told_interrupts
 
 
 @pytest.fixture(autouse=True)

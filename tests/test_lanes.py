@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from sylinit.lanes import Lanes
+from sylinit.runtime.workers import Lanes
 
 
 def meet_all(routes: list[list[int]], fail_at: tuple[int, int] | None = None, settle=None):

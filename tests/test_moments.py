@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sylinit.moments import BLOCK, Moments, sample_index
+from sylinit.statistics.moments import BLOCK, Moments, sample_index
 
 
 def problem(seed: int, groups: int = 2, count: int = 60, dim: int = 5, width: int = 3):
@@ -70,7 +70,7 @@ def test_merging_two_halves_is_addition(seed, cut):
 def test_chunks_of_large_updates_do_not_matter(monkeypatch):
     rows, targets = problem(1)
     whole = moments_of(rows, targets)
-    monkeypatch.setattr("sylinit.moments.CHUNK", 17)
+    monkeypatch.setattr("sylinit.statistics.moments.CHUNK", 17)
     assert same(whole, moments_of(rows, targets))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sylinit.calibrate import norm_sums, write_statistics
+from sylinit.scaling import norm_sums, write_statistics
 
 
 @pytest.mark.parametrize(("offset", "rtol"), [(0.0, 3e-6), (3.0, 3e-6), (30.0, 3e-6), (3000.0, 1e-4)])

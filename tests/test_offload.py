@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from conftest import Residual, images, small_mlp, vectors
-from sylinit import initialize_, offload
+from sylinit import initialize_
 from sylinit.errors import SylinitError
-from sylinit.offload import Offload
+from sylinit.runtime import offload
+from sylinit.runtime.offload import Offload
 
 
 @pytest.fixture(autouse=True)

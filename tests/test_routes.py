@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import sylinit
 from sylinit import layer
-from sylinit.codes import CODES, Axes, LinearCode
+from sylinit.codes.registry import CODES, Axes, LinearCode
 from sylinit.errors import SylinitError
-from sylinit.moments import Covariance, Moments
-from sylinit.routes import Problem, fit_exact, fit_projected
+from sylinit.solve import Problem, fit_exact, fit_projected
+from sylinit.statistics.moments import Covariance, Moments
 
 DIM, UNITS, CLASSES = 600, 64, 10
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sylinit.codes import CODES
-from sylinit.projected import solve_projected
-from sylinit.routes import projected_pays, subspace_rank
-from sylinit.subspace import Subspace, principal_subspace, row_space, sketch
-from sylinit.sylvester import solve_sylvester
+from sylinit.codes.registry import CODES
+from sylinit.linalg.projected import solve_projected
+from sylinit.linalg.subspace import Subspace, principal_subspace, row_space, sketch
+from sylinit.linalg.sylvester import solve_sylvester
+from sylinit.solve import projected_pays, subspace_rank
 
 
 def covariance(dim: int, decay: float = 1.5, seed: int = 0) -> Tensor:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sylinit import sylvester
 from sylinit.errors import SylinitError
-from sylinit.subspace import row_space
-from sylinit.sylvester import objective, robust_eigh, solve_diagonal, solve_sylvester, sylvester_
+from sylinit.linalg import sylvester
+from sylinit.linalg.subspace import row_space
+from sylinit.linalg.sylvester import objective, robust_eigh, solve_diagonal, solve_sylvester, sylvester_
 
 
 def psd(size: int, rank: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
@@ -227,7 +227,7 @@ def test_units_beyond_what_they_are_made_of_need_no_larger_decomposition(of_labe
     a, c = code @ code.T, code @ x[:4].T
     whole = solve_diagonal(a, variances, c)
     sizes = []
-    monkeypatch.setattr("sylinit.sylvester.robust_eigh", lambda m: sizes.append(len(m)) or robust_eigh(m))
+    monkeypatch.setattr("sylinit.linalg.sylvester.robust_eigh", lambda m: sizes.append(len(m)) or robust_eigh(m))
     reduced = solve_diagonal(a, variances, c, torch.linalg.qr(made_of)[0])
     assert sizes == [4 + of_labels]
     assert torch.allclose(whole, reduced, rtol=1e-9, atol=1e-9)
@@ -252,7 +252,7 @@ def test_row_space_never_forms_a_square_matrix_of_the_inputs(monkeypatch):
         return real(self, one, other)
 
     monkeypatch.setattr(torch.Tensor, "addmm_", spying)
-    monkeypatch.setattr("sylinit.subspace.COLUMNS", 16)
+    monkeypatch.setattr("sylinit.linalg.subspace.COLUMNS", 16)
     row_space(torch.randn(6, 40))
     assert seen == [(6, 6)] * 3
 

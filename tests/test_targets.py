@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sylinit.data.targets import IGNORED, MAX_CLASSES, TargetKind, Targets, describe, encode, for_rows
 from sylinit.errors import SylinitError
-from sylinit.targets import IGNORED, MAX_CLASSES, TargetKind, Targets, describe, encode, for_rows
 
 SMALL = st.integers(1, 4)
 SEEDS = st.integers(0, 1000)

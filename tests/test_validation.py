@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import sylinit
-from sylinit.codes import Code, select_target
-from sylinit.moments import Moments
-from sylinit.routes import Problem, fit_exact
-from sylinit.sylvester import sylvester_
-from sylinit.validation import WEIGHTS, least_error_weight
+from sylinit.codes.registry import Code, select_target
+from sylinit.linalg.cross_validation import WEIGHTS, least_error_weight
+from sylinit.linalg.sylvester import sylvester_
+from sylinit.solve import Problem, fit_exact
+from sylinit.statistics.moments import Moments
 
 COUNT, DIM, CLASSES = 40, 12, 3
 

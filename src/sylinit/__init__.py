@@ -11,12 +11,12 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
-from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
-from sylinit.engine import initialize_
+from sylinit.codes.registry import CODES, Code, LinearCode, mixed, register_code
 from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
-from sylinit.processes import ProcessFailedError
+from sylinit.initialize import initialize_
+from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
-from sylinit.sylvester import Solution, solve_sylvester, sylvester_
+from sylinit.runtime.processes import ProcessFailedError
 
 __version__ = "0.1.0"
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sylinit.calibrate import Calibrated, calibrate_directions, calibrate_logits, calibrate_regression, calibrate_units
-from sylinit.codes import Code, call, select_target
-from sylinit.moments import Covariance, Moments
-from sylinit.projected import TOLERANCE
-from sylinit.routes import Fit, Problem, fit_exact, fit_projected
-from sylinit.subspace import row_space
+from sylinit.codes.registry import Code, call, select_target
+from sylinit.linalg.projected import TOLERANCE
+from sylinit.linalg.subspace import row_space
+from sylinit.scaling import Calibrated, calibrate_directions, calibrate_logits, calibrate_regression, calibrate_units
+from sylinit.solve import Fit, Problem, fit_exact, fit_projected
+from sylinit.statistics.moments import Covariance, Moments
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sylinit.calibrate import keeps_statistics
-from sylinit.codes import CODES, Code, as_code, select_target
+from sylinit.codes.registry import CODES, Code, as_code, select_target
+from sylinit.data.targets import TargetKind
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
+from sylinit.layers.views import ConvView, View, views_of
 from sylinit.report import ROOT, LayerReport
+from sylinit.scaling import keeps_statistics
 from sylinit.select import matches, require_match, selector
-from sylinit.targets import TargetKind
-from sylinit.views import ConvView, View, views_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ FEW = 3000
 """Fewer training samples than these are few.
 
 Normalisations, and the layers that feed them, then start so that training moves them little: long filters, half scale,
-an offset, and more label units (`sylinit.calibrate`, `sylinit.codes.NORMALISED_LABEL_SHARE`). That starts better, and
+an offset, and more label units (`sylinit.scaling`, `NORMALISED_LABEL_SHARE`). That starts better, and
 ends better while labels are few. With more, what moves learns.
 """
 

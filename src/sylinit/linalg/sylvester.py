@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sylinit.conjugate import conjugate_gradients
-from sylinit.eigh import robust_eigh
 from sylinit.errors import SylinitError
-from sylinit.subspace import row_space
+from sylinit.linalg.conjugate_gradients import conjugate_gradients
+from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.subspace import row_space
 
 LARGE = 256
 """From this size on a float32 eigendecomposition saves time."""

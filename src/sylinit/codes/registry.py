@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sylinit.eigh import robust_eigh
 from sylinit.errors import SylinitError
-from sylinit.subspace import row_space
+from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.subspace import row_space
 
 NULL = 1e-10
 """A principal axis whose variance is below this share of the largest carries rounding, not data."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sylinit.errors import SylinitError, warn
-from sylinit.views import unravel
+from sylinit.layers.views import unravel
 
 IGNORED = -100
 """A class index that means "no label here", as in ``torch.nn.functional.cross_entropy``."""

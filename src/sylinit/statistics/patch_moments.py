@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sylinit.moments import CHUNK, Moments
-from sylinit.views import ConvTransposeView, ConvView, View
+from sylinit.layers.views import ConvTransposeView, ConvView, View
+from sylinit.statistics.moments import CHUNK, Moments
 
 Strip = tuple[int | slice, ...]
 """For each axis one position, or all of them."""

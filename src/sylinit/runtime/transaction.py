@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from sylinit.interrupts import held_interrupts
+from sylinit.runtime.interrupts import held_interrupts
 
 
 class Snapshot:

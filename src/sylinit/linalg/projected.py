@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sylinit.conjugate import conjugate_gradients
-from sylinit.eigh import robust_eigh
-from sylinit.subspace import Subspace
-from sylinit.sylvester import pair_inverse
+from sylinit.linalg.conjugate_gradients import conjugate_gradients
+from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.subspace import Subspace
+from sylinit.linalg.sylvester import pair_inverse
 
 TOLERANCE = 1e-3
 """The relative residual at which an approximate solution is as good as the exact one for a start of training."""

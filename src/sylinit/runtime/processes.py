@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sylinit.errors import SylinitError
-from sylinit.interrupts import Held, held_interrupts
+from sylinit.runtime.interrupts import Held, held_interrupts
 
 T = TypeVar("T")
 

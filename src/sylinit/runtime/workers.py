@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sylinit.interrupts import told_interrupts
+from sylinit.runtime.interrupts import told_interrupts
 
 T = TypeVar("T")
 

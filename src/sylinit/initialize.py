@@ -13,23 +13,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sylinit.calibrate import check_channels, norm_sums, start_fresh, write_statistics
-from sylinit.codes import Code
-from sylinit.data import Data, call_model, read_data
+from sylinit.codes.registry import Code
+from sylinit.data.calibration import Data, call_model, read_data
+from sylinit.data.targets import Targets
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
-from sylinit.gather import Gathered, gather, not_finite, require_finite
-from sylinit.interrupts import held_interrupts
-from sylinit.lanes import Lanes
 from sylinit.layer import Solution, approximate_layer, solve_layer, solve_layer_from_rows
-from sylinit.offload import Offload
+from sylinit.layers.views import AttentionOutputView, View
 from sylinit.plan import Door, Plan, make_plan
-from sylinit.processes import Processes
 from sylinit.report import LayerReport, Report
-from sylinit.routes import Problem, projected_pays
-from sylinit.shards import Shards
-from sylinit.snapshot import Snapshot
-from sylinit.targets import Targets
-from sylinit.views import AttentionOutputView, View
+from sylinit.runtime.fsdp import Shards
+from sylinit.runtime.interrupts import held_interrupts
+from sylinit.runtime.offload import Offload
+from sylinit.runtime.processes import Processes
+from sylinit.runtime.transaction import Snapshot
+from sylinit.runtime.workers import Lanes
+from sylinit.scaling import check_channels, norm_sums, start_fresh, write_statistics
+from sylinit.solve import Problem, projected_pays
+from sylinit.statistics.rows import Gathered, gather, not_finite, require_finite
 
 Rows = int | Literal["all"] | None
 
@@ -67,7 +67,7 @@ def initialize_(
     and is then scaled to unit output variance and centred. Normalisations with running statistics get those of their
     input. Where training samples are few (fewer than `plan.FEW`, 3,000) they, and the layers that feed them, also start
     so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive offset, and
-    filters before it He's length instead of unit variance (`sylinit.calibrate`).
+    filters before it He's length instead of unit variance (`sylinit.scaling`).
     Without labels there is no head: the last layer is computed like the others.
     All or nothing: after any exception the model is bit for bit what it was. (Frozen parameters are never written and
     not copied: what the model's own forward writes into them stays.)

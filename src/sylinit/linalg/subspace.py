@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sylinit.eigh import robust_eigh
+from sylinit.linalg.eigh import robust_eigh
 
 COLUMNS = 4096
 """Columns of the rows that are converted to float64 at once."""

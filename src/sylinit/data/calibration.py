@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sylinit.batches import Batch, read_batches
+from sylinit.data.batches import Batch, read_batches
+from sylinit.data.targets import TargetKind, Targets, describe, encode
 from sylinit.errors import SylinitError
-from sylinit.processes import Processes
-from sylinit.targets import TargetKind, Targets, describe, encode
+from sylinit.runtime.processes import Processes
 
 
 @dataclass(frozen=True)

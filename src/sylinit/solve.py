@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sylinit.codes import NULL, Axes, Code, LinearCode
-from sylinit.eigh import robust_eigh
-from sylinit.moments import Covariance
-from sylinit.projected import solve_projected
-from sylinit.subspace import principal_subspace, signs
-from sylinit.sylvester import solve_diagonal
-from sylinit.validation import least_error_weight
+from sylinit.codes.registry import NULL, Axes, Code, LinearCode
+from sylinit.linalg.cross_validation import least_error_weight
+from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.projected import solve_projected
+from sylinit.linalg.subspace import principal_subspace, signs
+from sylinit.linalg.sylvester import solve_diagonal
+from sylinit.statistics.moments import Covariance
 
 SMALL = 256
 """Below this d a decomposition takes a few milliseconds, and the exact answer is as good as free."""

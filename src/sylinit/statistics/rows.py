@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sylinit.correlation import patch_moments, pays, share_for_all
+from sylinit.data.targets import Targets
 from sylinit.errors import SylinitError
-from sylinit.moments import CHUNK, Covariance, Moments, sample_index
-from sylinit.processes import Processes
-from sylinit.targets import Targets
-from sylinit.views import ConvView, View
+from sylinit.layers.views import ConvView, View
+from sylinit.runtime.processes import Processes
+from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
+from sylinit.statistics.patch_moments import patch_moments, pays, share_for_all
 
 
 @dataclass(frozen=True)

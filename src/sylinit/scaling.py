@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sylinit.errors import SylinitError
-from sylinit.moments import Covariance
+from sylinit.statistics.moments import Covariance
 
 FLOOR = 0.1
 """Variance along a unit's direction is taken to be at least this share of the mean over all directions."""

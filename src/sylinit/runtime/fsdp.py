@@ -18,7 +18,7 @@ from torch import nn
 
 from sylinit.errors import SylinitError
 from sylinit.report import ROOT
-from sylinit.snapshot import Snapshot
+from sylinit.runtime.transaction import Snapshot
 
 if TYPE_CHECKING:  # importing these takes as long as importing all of sylinit; only sharded models need them
     from torch.distributed.tensor import DTensor

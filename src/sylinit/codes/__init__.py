@@ -1,0 +1,1 @@
+"""Latent codes: what the units of a layer are asked to say about its input."""

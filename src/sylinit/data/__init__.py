@@ -1,0 +1,1 @@
+"""What the user brings: batches and targets, read as one calibration set."""

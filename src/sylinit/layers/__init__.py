@@ -1,0 +1,1 @@
+"""Modules seen as matrices, and normalization layers."""

@@ -1,0 +1,1 @@
+"""Linear algebra on tensors: the Sylvester equation, eigendecompositions, subspaces, cross-validation."""

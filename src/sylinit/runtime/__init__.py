@@ -1,0 +1,1 @@
+"""Running a model: all or nothing, interrupts, worker threads, processes, sharded parameters, offloading."""

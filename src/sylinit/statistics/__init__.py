@@ -1,0 +1,1 @@
+"""Second moments of the rows of input that reach a layer."""
