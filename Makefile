@@ -1,10 +1,11 @@
 # `make demo` and `make test` are all that a fresh machine needs; each makes the virtual environment first.
+# `make study ARGS="fewshot --quick"` runs `python -m studies fewshot --quick` in it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-.PHONY: venv demo test lint fmt clean
+.PHONY: venv demo study test lint fmt clean
 
 venv: $(MARK)
 
@@ -17,17 +18,20 @@ $(MARK): requirements.lock pyproject.toml
 demo: venv
 	$(BIN)/sylinit demo
 
+study: venv
+	$(BIN)/python -m studies $(ARGS)
+
 test: venv lint
 	$(BIN)/pytest
 
 lint: venv
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src studies tests benchmarks examples
+	$(BIN)/ruff format --check src studies tests benchmarks examples
 	$(BIN)/mypy
 
 fmt: venv
-	$(BIN)/ruff check --fix src tests benchmarks examples
-	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src studies tests benchmarks examples
+	$(BIN)/ruff format src studies tests benchmarks examples
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

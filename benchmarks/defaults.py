@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from harness import before_and_after
+from studies.allocator import keep_freed_memory
+from studies.precision import environment
+from studies.presets import MIXED, epochs_for
+from studies.tasks import TASKS
 from sylinit import Config
-from sylinit.study import runner
-from sylinit.study.experiment import Experiment
-from sylinit.study.pool import cores, pool
-from sylinit.study.presets import MIXED, epochs_for
-from sylinit.study.store import environment
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.plan import TUNING_SEED
+from sylinit.comparison.pool import cores, pool
+from sylinit.comparison.runner import load_data
+from sylinit.comparison.runner import run as run_experiment
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 
@@ -110,7 +114,7 @@ def work(run: Run) -> dict[str, object]:
     values.pop("label_share", None)  # is in the code's name, in every layer alike
     if values.pop("start", "sylinit") == "sylinit":
         experiment = replace(experiment, options=(*experiment.options, ("config", Config(**values))))
-    return runner.run(experiment)
+    return run_experiment(experiment, TASKS)
 
 
 def main() -> None:
@@ -128,15 +132,13 @@ def main() -> None:
     if RESULTS.exists():
         done = {row["key"]: row["result"] for row in map(json.loads, RESULTS.read_text().splitlines())}
     runs = [
-        make_run(
-            given.data, model, given.shots, given.epochs or epochs_for(given.shots), runner.TUNING_SEED + seed, values
-        )
+        make_run(given.data, model, given.shots, given.epochs or epochs_for(given.shots), TUNING_SEED + seed, values)
         for seed in range(given.seeds)
         for model in given.models
         for values in settings(model, given.shots, given.epochs)
     ]
-    runner.prepare([run.experiment for run in runs], lambda what: None)
-    with pool(cores()) as each, RESULTS.open("a") as file:
+    load_data([run.experiment for run in runs], lambda what: None)
+    with pool(cores(), keep_freed_memory) as each, RESULTS.open("a") as file:
         for run, result in each(work, [run for run in runs if run.key not in done]):
             if isinstance(result, BaseException):
                 raise result

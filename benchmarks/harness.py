@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sylinit.study.figures import save
-from sylinit.study.statistics import paired
-from sylinit.study.store import environment
+from sylinit.comparison.figures import save
+from sylinit.comparison.statistics import paired
+from sylinit.comparison.store import environment
 
 RESULTS = Path(__file__).parent / "results"
 

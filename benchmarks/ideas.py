@@ -10,7 +10,7 @@ subclasses        label units are aimed at two clusters of each class instead of
 shared-labels     both convolutions of a residual block aim their label units at the same directions
 shared-code       the same, and the second one's other units at the code of the first: each at its own channel
 chosen-share      one share of label units for all layers, of least leave-one-out error of a ridge readout
-chosen-shares     one for each layer, in forward order (the CNN only: a start takes some 20 trial starts)
+chosen-shares     one for each layer, in forward order (the CNN only: it takes some 20 trial initializations)
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from harness import before_and_after
+from studies.allocator import keep_freed_memory
+from studies.finetune import features, layer_names
+from studies.presets import MIXED
+from studies.tasks import TASKS, open_store
 from sylinit import initialize_
 from sylinit.codes import Code, LinearCode, mixed
 from sylinit.codes.linear import linear_code
+from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.initializations import INITIALIZATIONS, pytorch
+from sylinit.comparison.plan import TUNING_SEED
+from sylinit.comparison.pool import cores, pool
+from sylinit.comparison.runner import execute
 from sylinit.config import Config
 from sylinit.statistics.axes import Axes
-from sylinit.study import runner
-from sylinit.study.experiment import Experiment
-from sylinit.study.finetune import features, layer_names
-from sylinit.study.pool import cores, pool
-from sylinit.study.presets import MIXED
-from sylinit.study.starts import STARTS, pytorch
-from sylinit.study.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "ideas.jsonl"
 
@@ -119,10 +121,10 @@ def chosen(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, each: bool) -> 
 
 IDEAS: dict[str, Callable[..., None]] = {
     "subclasses": subclasses,
-    "shared-labels": lambda *start: shared(*start, units=False),
-    "shared-code": lambda *start: shared(*start, units=True),
-    "chosen-share": lambda *start: chosen(*start, each=False),
-    "chosen-shares": lambda *start: chosen(*start, each=True),
+    "shared-labels": lambda *given: shared(*given, units=False),
+    "shared-code": lambda *given: shared(*given, units=True),
+    "chosen-share": lambda *given: chosen(*given, each=False),
+    "chosen-shares": lambda *given: chosen(*given, each=True),
 }
 
 OF = {
@@ -130,7 +132,7 @@ OF = {
     "resnet20": ("sylinit", "subclasses", "shared-labels", "shared-code", "chosen-share"),
 }
 
-STARTS.update(IDEAS)  # worker processes import this module, too
+INITIALIZATIONS.update(IDEAS)  # worker processes import this module, too
 
 
 def main() -> None:
@@ -143,7 +145,7 @@ def main() -> None:
     rows = {
         (model, idea): [
             Experiment(
-                given.data, model, idea, 50, lr=RATES[model], seed=runner.TUNING_SEED + seed, split="validation",
+                given.data, model, idea, 50, lr=RATES[model], seed=TUNING_SEED + seed, split="validation",
                 setting=MIXED,
             )
             for seed in range(given.seeds)
@@ -151,9 +153,9 @@ def main() -> None:
         for model in given.models
         for idea in OF[model]
     }  # fmt: skip
-    store = Store(RESULTS)
-    with pool(cores()) as each:
-        failed = runner.execute([e for row in rows.values() for e in row], store, each)
+    store = open_store(RESULTS)
+    with pool(cores(), keep_freed_memory) as each:
+        failed = execute([e for row in rows.values() for e in row], store, TASKS, each)
     if failed:
         raise next(iter(failed.values()))
     print("accuracy (%); gap: the library's default less each idea, paired by draw, with 95 % intervals")

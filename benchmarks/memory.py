@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import sylinit
 from harness import Results, save_figure
 from one_pass import images
-from sylinit.study.models import build
+from sylinit.comparison.models import build
 
 BATCH = 100
 MODEL = "resnet20"

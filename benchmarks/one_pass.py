@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sylinit
 from harness import Results, ceilings, save_figure, seconds
-from sylinit.study.models import build, mlp
+from sylinit.comparison.models import build, mlp
 
 Batches = list[tuple[Tensor, Tensor]]
 Case = Callable[[], tuple[nn.Module, Batches]]
@@ -107,7 +107,7 @@ def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Ca
             model(x)
 
     report = sylinit.initialize_(model, batches)
-    for layer in report.initialised:
+    for layer in report.initialized:
         if not (layer.residual or 0.0) <= RESIDUALS[layer.solver]:
             raise SystemExit(f"{layer.name} ({layer.solver}): a residual of {layer.residual:.1e}; not timed")
     forward()
@@ -123,10 +123,10 @@ def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Ca
         row["on_layers"].append(found[0].solve_seconds)
         ratios = [b / a for a, b in zip(row["forward"], row["initialise"], strict=True)]
         row |= {
-            "layers": len(report.initialised),
+            "layers": len(report.initialized),
             "samples": report.samples,
-            "worst_residual": max(layer.residual or 0.0 for layer in report.initialised),
-            "solvers": sorted({layer.solver for layer in report.initialised}),
+            "worst_residual": max(layer.residual or 0.0 for layer in report.initialized),
+            "solvers": sorted({layer.solver for layer in report.initialized}),
             "ratio": median(ratios),
         }
         save(row)

@@ -17,10 +17,10 @@ import torch
 
 import sylinit
 from harness import Results, save_figure, seconds
-from sylinit.study.data import few_shot, load
-from sylinit.study.models import build
-from sylinit.study.statistics import interval
-from sylinit.study.train import accuracy
+from sylinit.comparison.data import few_shot, load
+from sylinit.comparison.models import build
+from sylinit.comparison.statistics import interval
+from sylinit.comparison.training import accuracy
 
 MODELS = ("cnn", "resnet20")
 SHOTS = 50
@@ -36,13 +36,13 @@ def one(data: Any, model: str, rows: str, seed: int, test: int) -> dict[str, Any
     generator = torch.Generator().manual_seed(seed)
     found: list[sylinit.Report] = []
     taken = seconds(lambda: found.append(sylinit.initialize_(network, [batch], rows=budget, generator=generator)))
-    worst = max(layer.residual or 0.0 for layer in found[0].initialised)
+    worst = max(layer.residual or 0.0 for layer in found[0].initialized)
     if not worst <= 1e-3:
         raise SystemExit(f"{model}, rows={rows}: a residual of {worst:.1e}")
     return {
         "accuracy": 100 * accuracy(network, data.test_x[:test], data.test_y[:test]),
         "seconds": taken,
-        "rows_read": sum(layer.rows for layer in found[0].initialised),
+        "rows_read": sum(layer.rows for layer in found[0].initialized),
     }
 
 

@@ -28,17 +28,17 @@ from torch import Tensor, nn
 
 import sylinit
 from sylinit.codes import mixed
+from sylinit.comparison.data import few_shot, load
+from sylinit.comparison.figures import OTHERS, OURS, save
+from sylinit.comparison.store import environment
+from sylinit.comparison.training import accuracy
 from sylinit.config import Config
 from sylinit.fit import Fit
-from sylinit.layers.views import views_of
+from sylinit.layers.registry import hypotheses
 from sylinit.solvers.exact import fit_exact
 from sylinit.solvers.problem import Problem
 from sylinit.solvers.projected import fit_projected
 from sylinit.statistics.moments import Covariance, Moments
-from sylinit.study.data import few_shot, load
-from sylinit.study.figures import OTHERS, OURS, save
-from sylinit.study.store import environment
-from sylinit.study.train import accuracy
 
 RESULTS = Path(__file__).parent / "results"
 SHOTS = 50
@@ -143,7 +143,7 @@ def system_of(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> Covariance:
     hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.eval()(x)
     hook.remove()
-    view = views_of(module, layer)[0]
+    view = hypotheses(module, layer)[0][0]
     rows = view.rows(seen[0], None)
     targets = nn.functional.one_hot(y).double().repeat_interleave(rows.shape[1] // len(x), 0)
     return Moments.zeros(1, view.dim, targets.shape[1]).update(rows, targets).covariance()
@@ -190,7 +190,7 @@ def accuracies(data: Any, seeds: int) -> dict[str, Any]:
             model, report = initialised(data, seed, solver)
             values.append(100 * accuracy(model, x, y))
             if solver == "auto":
-                routes = {layer.name: layer.solver for layer in report.initialised}
+                routes = {layer.name: layer.solver for layer in report.initialized}
     difference = [a - b for a, b in zip(found["auto"], found["exact"], strict=True)]
     return {
         "case": "accuracy",

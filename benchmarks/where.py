@@ -26,7 +26,8 @@ from sylinit import initialize as engine
 from sylinit.config import Config
 from sylinit.data.targets import describe
 from sylinit.initialize import default_rows
-from sylinit.layers.views import ConvView, views_of
+from sylinit.layers.convolution import ConvView
+from sylinit.layers.registry import hypotheses
 from sylinit.plan import make_plan
 from sylinit.solvers import exact, projected
 from sylinit.solvers.projected import subspace_rank
@@ -76,12 +77,12 @@ def operations(model: torch.nn.Module, batches: Batches, report: sylinit.Report)
     count: dict[str, float] = defaultdict(float)
     plan = make_plan(model, None, "mixed", "auto", describe([y for _, y in batches]), report.samples, None, 0)
     codes = {door.name: door.code for door in plan.doors}
-    for record in report.initialised:
+    for record in report.initialized:
         code = codes[record.name]
         if record.solver != "projected" or record.shape is None or code is None:
             continue
         groups, units, dim = record.shape
-        (view,) = views_of(model.get_submodule(record.name), record.name)
+        (view,) = hypotheses(model.get_submodule(record.name), record.name)[0]
         share = 1.0
         if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim, Config()):
             share = share_for_all(view)  # all patches are read, not a sample of them

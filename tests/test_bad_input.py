@@ -231,7 +231,7 @@ def test_a_frozen_parameter(name):
     getattr(model[2], name).requires_grad_(False)
     refused(model, [(X, Y)], "layer '2' is frozen", "unfreeze", "layers=")
     report = sylinit.initialize_(model, [(X, Y)], layers=["0", "4"])
-    assert {layer.name for layer in report.initialised} == {"0", "4"}
+    assert {layer.name for layer in report.initialized} == {"0", "4"}
 
 
 def test_a_meta_parameter():
@@ -260,7 +260,7 @@ def test_an_integer_quantised_layer():
     model[2] = Integers()
     refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising", "layers=")
     report = sylinit.initialize_(model, [(X, Y)], layers=["0", "4"])
-    assert {layer.name for layer in report.initialised} == {"0", "4"}
+    assert {layer.name for layer in report.initialized} == {"0", "4"}
     assert report["2"].action == "left alone"
 
 
@@ -329,4 +329,4 @@ def test_labels_of_one_class_alone(code):
 
 def test_labels_that_are_all_ignored_count_as_none():
     report = sylinit.initialize_(small_mlp(), [(X, torch.full_like(Y, -100))])
-    assert {layer.code for layer in report.initialised} == {"pca"}
+    assert {layer.code for layer in report.initialized} == {"pca"}

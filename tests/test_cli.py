@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import sylinit
 from sylinit import cli
-from sylinit.study import runner
-from sylinit.study.data import load
-from sylinit.study.models import build
-from sylinit.study.train import accuracy
+from sylinit.comparison import terminal
+from sylinit.comparison.data import load
+from sylinit.comparison.models import build
+from sylinit.comparison.training import accuracy
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -29,14 +29,14 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.console, "_width", 160)
+    monkeypatch.setattr(terminal.console, "_width", 160)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["init"], ["compare"], ["study"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["init"], ["compare"]])
 def test_help_shows_every_command(command: list[str]) -> None:
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
-    for word in ["xample"] if command else ["demo", "init", "compare", "study"]:
+    for word in ["xample"] if command else ["demo", "init", "compare"]:
         assert word in result.output
 
 
@@ -75,7 +75,7 @@ def test_init_refuses_an_unknown_solver(tmp_path: Path, capsys: pytest.CaptureFi
 def test_compare_names_the_best_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "compare", "mlp", "--data", "digits", "--shots", "3", "--seeds", "2", "--epochs", "2",
-        "--starts", "he-normal,sylinit", "--grid", "0.01,0.03", "--workers", "1", "--out", tmp_path,
+        "--initializations", "he-normal,sylinit", "--grid", "0.01,0.03", "--workers", "1", "--out", tmp_path,
     ]  # fmt: skip
     code, out, _ = call(capsys, *arguments)
     assert code == 0
@@ -103,7 +103,7 @@ def test_compare_takes_no_results_of_other_data_or_another_model_of_the_same_nam
     generator = np.random.default_rng(0)
     arguments = [
         "compare", "networks_of_a_user:make", "--data", "data.npz", "--shots", "2", "--seeds", "1", "--epochs", "1",
-        "--starts", "he-normal,he-normal,sylinit", "--grid", "0.01", "--workers", "1", "--out", tmp_path,
+        "--initializations", "he-normal,he-normal,sylinit", "--grid", "0.01", "--workers", "1", "--out", tmp_path,
     ]  # fmt: skip
     done = []
     for what in ("first", "same", "other data", "other model"):
@@ -118,36 +118,11 @@ def test_compare_takes_no_results_of_other_data_or_another_model_of_the_same_nam
     assert done == ["0", "4", "0", "0"]
 
 
-def test_the_figure_of_a_part_shows_what_there_is_of_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = {"before": 0.1, "after": 0.5, "area": 0.3, "diverged": False, "curve": [[0, 0.1]], "init_seconds": 1}
-    monkeypatch.setitem(runner.TASKS, "train", lambda e: {**result, "total_seconds": 2.0})
-    monkeypatch.setattr(runner, "prepare", lambda experiments, report: None)
-    drawn: dict[str, list[int]] = {}
-    monkeypatch.setattr(
-        "sylinit.study.figures.save",
-        lambda figure, path: drawn.setdefault(path.name, []).append(len(figure.axes[0].lines)),
-    )
-    for part in ((), ("--only", "sylinit,lsuv")):
-        code, out, _ = call(capsys, "study", "fewshot", "--quick", "--workers", "1", "--out", tmp_path, *part)
-        assert code == 0
-        assert ("he-normal" in out) == (not part)
-    assert drawn
-    assert all(first == second for first, second in drawn.values())
-
-
-def test_a_study_of_more_seeds_than_the_preset_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(capsys, "study", "learning-rate", "--quick", "--seeds", "7", "--dry-run", "--out", tmp_path)
-    assert code == 0
-    assert f"{2 * 2 * 4 * 7} to report" in out
-
-
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "demo", "--seeds", "1", "--shots", "2", "--workers", "1", "--out", tmp_path)
     assert code == 0
-    for start in ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit"):
-        assert start in out
+    for name in ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit"):
+        assert name in out
     assert str(tmp_path / "demo.png") in out.replace("\n", "")
 
 
@@ -158,16 +133,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["init", "mlp", "--data", "nothing.npz"], "no such file"),
         (["init", "mlp", "--data", "digits", "--code", "pcaa"], "pca"),
         (["init", "mlp", "--data", "digits", "--out", "no/where/w.safetensors"], "does not exist"),
-        (["compare", "mlp", "--data", "digits", "--starts", "he"], "expected one of"),
+        (["compare", "mlp", "--data", "digits", "--initializations", "he"], "expected one of"),
         (["compare", "mlp", "--data", "digits", "--grid", "a,b"], "expected numbers"),
         (["compare", "mlp", "--data", "digits", "--grid", "-1"], "must be positive"),
-        (["compare", "mlp", "--data", "digits", "--optimiser", "lion"], "sgd"),
+        (["compare", "mlp", "--data", "digits", "--optimizer", "lion"], "sgd"),
         (["compare", "mlp", "--data", "digits", "--shots", "5000"], "ask for fewer"),
-        (["study", "fewshots"], "did you mean 'fewshot'"),
-        (["study", "report"], "no results"),
-        (["study", "time", "--epochs", "3"], "time trains nothing"),
-        (["study", "codes", "--precision", "half"], "--precision half: expected float32 or bfloat16"),
-        (["study", "codes", "--quick", "--precision", "float32"], "codes --quick has none to choose"),
     ],
 )
 def test_errors_are_one_message(
@@ -196,7 +166,7 @@ def test_errors_that_nobody_expected_are_short_too(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("[boom]")
 
-    monkeypatch.setattr("sylinit.study.data.load", broken)
+    monkeypatch.setattr("sylinit.comparison.data.load", broken)
     code, _, err = call(capsys, "init", "mlp", "--data", "digits")
     assert code == 1
     assert "RuntimeError: [boom]" in err

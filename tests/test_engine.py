@@ -184,7 +184,7 @@ def test_only_selected_layers_change_and_statistics_after_them():
 )
 def test_layers_are_selected_by_pattern_type_or_predicate(layers, expected):
     report = sylinit.initialize_(small_resnet(), [images()], layers=layers)
-    assert {layer.name for layer in report.initialised} == expected
+    assert {layer.name for layer in report.initialized} == expected
 
 
 @pytest.mark.parametrize(("rows", "read"), [(None, 4096), (5000, 5000), (30_000, 20_000), ("all", 20_000)])
@@ -206,7 +206,7 @@ def test_code_by_pattern():
 def test_without_labels_the_default_falls_back_to_pca_and_says_so():
     x, _ = images()
     report = sylinit.initialize_(small_resnet(), [x])
-    assert {layer.code for layer in report.initialised} == {"pca"}
+    assert {layer.code for layer in report.initialized} == {"pca"}
     assert "no labels" in str(report)
 
 
@@ -323,7 +323,7 @@ def test_shared_modules_and_tied_weights_are_computed_once():
 
     model = Shared()
     report = sylinit.initialize_(model, [vectors()])
-    assert {layer.name for layer in report.initialised} == {"first", "head"}
+    assert {layer.name for layer in report.initialized} == {"first", "head"}
     assert "tied" in report["tied"].reason
     assert model.tied.weight is model.first.weight
 
@@ -333,7 +333,7 @@ def test_parameters_that_share_their_memory_are_tied():
     model[2].weight.data = model[0].weight.data
     report = sylinit.initialize_(model, [vectors()])
     assert report["2"].reason == "its weight is tied to that of '0'"
-    assert report["0"].action == "initialised"
+    assert report["0"].action == "initialized"
 
 
 def test_a_layer_tied_to_a_parameter_of_the_model_itself_is_left_alone():
@@ -365,7 +365,7 @@ def test_an_integer_parameter_of_the_model_itself_is_no_quantised_layer():
 
     model = Ordered()
     report = sylinit.initialize_(model, [vectors()])
-    assert [layer.name for layer in report.initialised] == ["0", "2"]
+    assert [layer.name for layer in report.initialized] == ["0", "2"]
     assert report["(the model itself)"].action == "left alone"
     assert torch.equal(model.order, torch.arange(12).flip(0))
 
@@ -383,7 +383,7 @@ def test_a_head_that_is_tied_to_an_embedding_is_left_alone():
     tokens = torch.randint(0, 9, (30, 6))
     before = (model := Language()).embed.weight.clone()
     report = sylinit.initialize_(model, [(tokens, tokens)])
-    assert {layer.name for layer in report.initialised} == {"inner"}
+    assert {layer.name for layer in report.initialized} == {"inner"}
     assert "tied to that of 'embed'" in report["head"].reason
     assert torch.equal(before, model.embed.weight)
 
@@ -393,7 +393,7 @@ def test_a_selected_layer_does_not_change_one_that_is_tied_to_it():
     model[1].weight = model[0].weight
     before = model[0].weight.clone()
     report = sylinit.initialize_(model, [vectors()], layers=["1", "2"])
-    assert {layer.name for layer in report.initialised} == {"2"}
+    assert {layer.name for layer in report.initialized} == {"2"}
     assert torch.equal(before, model[0].weight)
 
 
@@ -535,7 +535,7 @@ def test_a_compiled_model_runs_as_it_was_written():
     inside = copy.deepcopy(plain)
     inside[0].compile(backend=never)
     for model in (plain, broken, inside):
-        assert sylinit.initialize_(model, [(x[:30], y[:30]), (x[30:], y[30:])])["0"].action == "initialised"
+        assert sylinit.initialize_(model, [(x[:30], y[:30]), (x[30:], y[30:])])["0"].action == "initialized"
     assert torch.equal(weights(plain), weights(broken))
     assert torch.equal(weights(plain), weights(inside))
 
@@ -570,7 +570,7 @@ def test_transformer_encoder_layers_are_reached_inside_the_fast_path():
     model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3))
     x, y = torch.randn(40, 5, 16), torch.arange(40) % 3
     report = sylinit.initialize_(model, [(x, y)])
-    assert len(report.initialised) == 2 * (4 + 2) + 1
+    assert len(report.initialized) == 2 * (4 + 2) + 1
     assert not [layer for layer in report.left_alone if "normalisation" not in layer.reason]
 
 
@@ -652,7 +652,7 @@ def test_the_report_prints_saves_and_plots(tmp_path):
     assert (tmp_path / "report.json").stat().st_size > 500
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5000
-    assert all(layer.residual < 1e-10 and layer.dead_units == 0 for layer in report.initialised)
+    assert all(layer.residual < 1e-10 and layer.dead_units == 0 for layer in report.initialized)
 
 
 @pytest.mark.parametrize("code", ["mixed", "random", "kmeans"])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sylinit.layers.views import View, views_of
+from sylinit.layers.registry import hypotheses
+from sylinit.layers.view import LayerView
 from sylinit.statistics import patch_moments as correlation
 from sylinit.statistics.moments import Moments
 from sylinit.statistics.patch_moments import correlate, patch_moments, pays, stream
@@ -23,11 +24,11 @@ SIZES = (6, 5, 4)
 
 
 def the_view(module: nn.Module) -> Any:
-    (view,) = views_of(module, "layer")
+    (view,) = hypotheses(module, "layer")[0]
     return view
 
 
-def dense(view: View, x: Any, targets: Tensor) -> Moments:
+def dense(view: LayerView, x: Any, targets: Tensor) -> Moments:
     """All rows at once, and one product."""
     rows = view.rows(x).double()
     count = rows.shape[1]

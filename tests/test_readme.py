@@ -64,4 +64,4 @@ def test_every_statement_runs() -> None:
     for statement in STATEMENTS:
         names["x"] = x.flatten(1) if "sylvester_" in statement else x  # rows of one layer, or images
         exec(statement, names)
-    assert "initialised" in {layer.action for layer in names["report"].layers}
+    assert "initialized" in {layer.action for layer in names["report"].layers}

@@ -54,7 +54,7 @@ def covariance(groups: int = 1) -> tuple[Covariance, Tensor, Tensor]:
 @pytest.mark.parametrize("code", ["mixed", "pca", "label"])
 def test_a_wide_layer_is_projected_and_the_report_says_so(code):
     report = sylinit.initialize_(network(), [wide()], code=code)
-    assert [layer.solver for layer in report.initialised] == ["projected", "exact"]
+    assert [layer.solver for layer in report.initialized] == ["projected", "exact"]
     assert 1e-8 < report["0"].residual <= 1e-3
     assert "projected" in str(report)
 
@@ -194,7 +194,7 @@ def test_a_solver_is_one_class_and_one_line(monkeypatch):
     monkeypatch.setattr("sylinit.solve.SOLVERS", [Columns(), *SOLVERS])
     model = network()
     report = sylinit.initialize_(model, [wide()])
-    assert [layer.solver for layer in report.initialised] == ["columns", "exact"]
+    assert [layer.solver for layer in report.initialized] == ["columns", "exact"]
     assert torch.equal(model[0].weight.detach() != 0, torch.eye(UNITS, DIM) != 0)
 
 

@@ -199,7 +199,7 @@ from sylinit import initialize_
 x, y = torch.randn(1000, 25088), torch.arange(1000) % 10
 model = torch.nn.Linear(25088, 4096)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-(layer,) = initialize_(model, [(x, y)], head=None).initialised
+(layer,) = initialize_(model, [(x, y)], head=None).initialized
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 assert (layer.solver, layer.rank) == ("row-space", 999) and layer.residual < 1e-9
 assert model.weight.isfinite().all()

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from sylinit.errors import UnsupportedLayerError
-from sylinit.layers.views import View, views_of
+from sylinit.layers.registry import hypotheses
+from sylinit.layers.view import LayerView
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 SIZES = (7, 6, 5)
 
 
-def the_view(module: nn.Module) -> View:
-    (view,) = views_of(module, "layer")
+def the_view(module: nn.Module) -> LayerView:
+    (view,) = hypotheses(module, "layer")[0]
     return view
 
 
-def outputs(view: View, x: Any, index: Tensor | None = None) -> Tensor:
+def outputs(view: LayerView, x: Any, index: Tensor | None = None) -> Tensor:
     """``rows @ W.mT + bias`` as ``[n, groups * units]``."""
     bias = view.bias()
     out = view.rows(x, index) @ view.weight().mT
@@ -223,7 +224,7 @@ LAYERS = {
 def test_writing_keeps_every_parameter_where_and_what_it_is(kind: str, dtype: torch.dtype) -> None:
     module = LAYERS[kind]().to(dtype)
     before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in module.named_parameters()}
-    views = views_of(module, "")
+    views = hypotheses(module, "")[0]
     for view in views:
         view.write(torch.randn_like(view.weight(), dtype=torch.float64), torch.randn(view.groups, view.units))
     assert {id(p) for view in views for p in view.parameters} == {id(p) for p in module.parameters()}
@@ -239,7 +240,7 @@ def test_writing_keeps_every_parameter_where_and_what_it_is(kind: str, dtype: to
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_view_changes_its_own_numbers_only(kind: str) -> None:
     module = LAYERS[kind]()
-    views = views_of(module, "")
+    views = hypotheses(module, "")[0]
     for mine in views:
         others = [(v.weight().clone(), v.bias().clone()) for v in views]
         weight, bias = torch.randn_like(mine.weight()), torch.randn(mine.groups, mine.units)
@@ -283,7 +284,7 @@ def test_attention(kind: str, batch: int | None, fastpath: bool) -> None:
     torch.backends.mha.set_fastpath_enabled(fastpath)
     try:
         with torch.no_grad():
-            query, key, value, out = views = views_of(module, "attn")
+            query, key, value, out = views = hypotheses(module, "attn")[0]
             names = ["in_proj.query", "in_proj.key", "in_proj.value", "out_proj"]
             assert [view.name for view in views] == [f"attn.{name}" for name in names]
             for call in ((q, k, v), (q, k)):
@@ -333,7 +334,7 @@ def slow_attention(module: nn.MultiheadAttention, projected: list[Tensor], mask:
 def test_self_attention_where_pytorch_takes_its_fast_path() -> None:
     module = nn.MultiheadAttention(6, 2, batch_first=True).eval()
     x = torch.randn(3, 4, 6)
-    out = views_of(module, "")[-1]
+    out = hypotheses(module, "")[0][-1]
     assert out.name == "out_proj"
     with torch.no_grad():
         heads = out.input((x, x, x), {"need_weights": False})
@@ -345,7 +346,7 @@ def test_an_exception_inside_attention_leaves_out_proj_as_it_was() -> None:
     module = nn.MultiheadAttention(6, 2)
     kept = dict(module.out_proj._parameters)
     with pytest.raises((AssertionError, RuntimeError)):
-        views_of(module, "")[-1].input((torch.randn(4, 3, 6),) * 3, {"attn_mask": torch.randn(9, 9)})
+        hypotheses(module, "")[0][-1].input((torch.randn(4, 3, 6),) * 3, {"attn_mask": torch.randn(9, 9)})
     assert all(module.out_proj._parameters[name] is p for name, p in kept.items())
 
 
@@ -468,13 +469,13 @@ def integers() -> nn.Module:
 )
 def test_left_alone_with_a_reason(make: Any, reason: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=reason):
-        views_of(make(), "layer")
+        hypotheses(make(), "layer")[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_the_weight_norm_of_old_is_left_alone() -> None:
     with pytest.raises(UnsupportedLayerError, match=r"use torch\.nn\.utils\.parametrizations"):
-        views_of(nn.utils.weight_norm(nn.Linear(5, 3)), "layer")
+        hypotheses(nn.utils.weight_norm(nn.Linear(5, 3)), "layer")[0]
 
 
 def test_a_lazy_layer_is_served_once_it_has_met_a_batch() -> None:

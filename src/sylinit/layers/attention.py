@@ -124,7 +124,8 @@ def _batch_first(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
     return x if module.batch_first else x.transpose(0, 1)
 
 
-def attention_views(module: nn.Module, name: str) -> list[View]:
+def attention_views(module: nn.Module, name: str) -> list[LayerView]:
+    """The four matrices of an attention layer, in the order in which the data meets them."""
     assert isinstance(module, nn.MultiheadAttention)
     if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
         raise UnsupportedLayerError("an attention layer under a parametrization; remove the parametrization first")

@@ -1,0 +1,203 @@
+"""Networks to compare on: small, plain, and as the papers describe them; and users' own, by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sylinit import SylinitError
+
+Factory = Callable[[tuple[int, ...], int], nn.Module]
+"""``(shape of one sample, number of classes) -> model``."""
+
+
+def mlp(shape: tuple[int, ...], classes: int, widths: Sequence[int] = (256, 128)) -> nn.Module:
+    """Fully connected layers with ReLU between them."""
+    sizes = [math.prod(shape), *widths]
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
+
+
+def cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Five 3x3 convolutions with ReLU and no normalization: 32-32-pool-64-64-pool-128-mean to 2x2-linear."""
+    channels = _image(shape, "cnn")[0]
+
+    def conv(a: int, b: int) -> list[nn.Module]:
+        return [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+
+    stages = [*conv(channels, 32), *conv(32, 32), nn.MaxPool2d(2), *conv(32, 64), *conv(64, 64), nn.MaxPool2d(2)]
+    return nn.Sequential(*stages, *conv(64, 128), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, classes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut (1x1 where the shape changes).
+
+    Source: He, Zhang, Ren and Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016, figure 2 and option B.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1 and channels == width
+            else nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``relu(shortcut(x) + f(x))``."""
+        out = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(out)) + self.shortcut(x)).relu()
+
+
+def _residual(stem: list[nn.Module], width: int, blocks: Sequence[int], classes: int) -> nn.Module:
+    stages: list[nn.Module] = []
+    channels = width
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            stages.append(BasicBlock(channels, width * 2**stage, 2 if stage and not block else 1))
+            channels = width * 2**stage
+    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def cifar_resnet(depth: int) -> Factory:
+    """The residual networks for 32x32 images of He et al. 2016, section 4.2: three stages of 16, 32, 64 channels."""
+
+    def build_resnet(shape: tuple[int, ...], classes: int) -> nn.Module:
+        channels = _image(shape, f"resnet{depth}")[0]
+        stem = [nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        return _residual(stem, 16, [(depth - 2) // 6] * 3, classes)
+
+    return build_resnet
+
+
+def resnet18(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """ResNet-18 for images of about 224x224 (He et al. 2016, table 1)."""
+    channels = _image(shape, "resnet18")[0]
+    stem = [nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    return _residual([*stem, nn.MaxPool2d(3, 2, padding=1)], 64, [2, 2, 2, 2], classes)
+
+
+class VisionTransformer(nn.Module):
+    """A small pre-norm vision transformer that averages its tokens.
+
+    Source: Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, *, width: int = 192, depth: int = 6) -> None:
+        super().__init__()
+        channels, height, wide = _image(shape, "vit-tiny")
+        patch = max(2, min(height, wide) // 8)
+        if height % patch or wide % patch:
+            raise SylinitError(f"model vit-tiny: cannot cut {height}x{wide} images into {patch}x{patch} patches")
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn(1, height * wide // patch**2, width))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[n, channels, height, width]`` to logits ``[n, classes]``."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+MODELS: dict[str, Factory] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet20": cifar_resnet(20),
+    "resnet56": cifar_resnet(56),
+    "resnet110": cifar_resnet(110),
+    "resnet18": resnet18,
+    "vit-tiny": VisionTransformer,
+}
+
+
+def build(spec: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        spec: a name in `MODELS`, or ``"module:factory"``, where ``factory(shape, classes)`` or ``factory()`` returns
+            the model; modules are looked up on the path and in the current directory.
+        shape: of one sample.
+        classes: number of classes.
+
+    Raises:
+        SylinitError: naming what was not found, and the nearest names.
+    """
+    if spec in MODELS:
+        return MODELS[spec](shape, classes)
+    if ":" not in spec:
+        near = difflib.get_close_matches(spec, MODELS, n=1)
+        raise SylinitError(
+            f"model {spec!r}: expected {', '.join(MODELS)} or module:factory"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    module_name, _, attribute = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise SylinitError(f"model {spec!r}: cannot import module {module_name!r} ({error})") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise SylinitError(f"model {spec!r}: module {module_name!r} has no function or class {attribute!r}")
+    try:
+        model = factory(shape, classes) if _takes_two(factory) else factory()
+    except Exception as error:
+        raise SylinitError(
+            f"model {spec!r}: calling {attribute} for samples of shape {shape} and {classes} classes failed "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise SylinitError(f"model {spec!r}: expected a torch.nn.Module from {attribute}, got {type(model).__name__}")
+    return model
+
+
+def fingerprint(spec: str) -> str:
+    """Tells a user's model from what it was: a hash of the files that it is named and made in; nothing for our own."""
+    if spec in MODELS:
+        return ""
+    name, _, attribute = spec.partition(":")
+    module = importlib.import_module(name)
+    files = {getattr(each, "__file__", None) for each in (module, inspect.getmodule(getattr(module, attribute)))}
+    digest = hashlib.sha256()
+    for file in sorted(filter(None, files)):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _takes_two(factory: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(factory).bind((), 0)
+    except TypeError:
+        return False
+    return True
+
+
+def _image(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise SylinitError(f"model {name}: expected images (channels, height, width), got samples of shape {shape}")
+    return shape[0], shape[1], shape[2]

@@ -1,0 +1,120 @@
+"""What the commands say: consoles, progress bars, durations, and errors that are one message."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from sylinit import SylinitError
+
+PATIENCE = 2.0
+"""Seconds after which a progress bar appears."""
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left, as the work at hand says, or else as the pace so far says."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        left = task.time_remaining if ends is None else max(0.0, ends - time.monotonic())
+        return Text("" if left is None else f"{duration(left)} left")
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar that shows itself only once the work has taken `PATIENCE` seconds.
+
+    Yields:
+        A function of ``(done, total, name)``, and of the seconds left where the work knows them.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        _TimeLeft(),
+        console=errors,
+        transient=True,
+    )
+    task = bar.add_task("", total=None, ends=None)
+    # by a clock, not by an update: the first run of a plan may take minutes
+    timer = threading.Timer(PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
+
+    def update(done: int, total: int, name: str, left: float | None = None) -> None:
+        ends = None if left is None else time.monotonic() + left
+        bar.update(task, completed=done, total=total, description=escape(name), ends=ends)
+
+    try:
+        yield update
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is going on until it has ended."""
+    with errors.status(what):
+        yield
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def run_app(app: Callable[[list[str]], object], arguments: Sequence[str] | None = None) -> None:
+    """Run a command: errors that a user can fix are one message and exit code 1, without a traceback.
+
+    Args:
+        app: takes the arguments.
+        arguments: by default those of this process; ``--debug`` among them shows tracebacks.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
+    try:
+        app(given)
+    except SylinitError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped; results of runs that ended are kept, the same command goes on from there")
+        raise SystemExit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        errors.print(
+            f"[bold red]error:[/bold red] {escape(f'{type(error).__name__}: {error}')} "
+            "(run again with --debug for the traceback)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(1) from None
