@@ -14,17 +14,19 @@ Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylves
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
 from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
-from sylinit.initialize import initialize_
+from sylinit.initialize import initialize_, initialize_head_
 from sylinit.layers.registry import register_layer
 from sylinit.layers.view import LayerView
 from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
+from sylinit.score import Before, Score
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
     "CODES",
+    "Before",
     "Code",
     "Config",
     "LayerReport",
@@ -32,11 +34,13 @@ __all__ = [
     "LinearCode",
     "ProcessFailedError",
     "Report",
+    "Score",
     "Solution",
     "SylinitError",
     "SylinitWarning",
     "UnsupportedLayerError",
     "initialize_",
+    "initialize_head_",
     "mixed",
     "register_code",
     "register_layer",

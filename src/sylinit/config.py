@@ -29,6 +29,10 @@ class Config:
         variance_floor: the variance along a unit's direction is taken to be at least this share of the mean over all
             directions, which keeps a direction of noise from being blown up.
         logit_deviation: root mean square of a classifier's centered logits.
+        prior: whether the bias of a head with logits carries the frequencies of the classes.
+        scale_ratio: a layer that reads the data itself is solved in standardized inputs if their deviations differ by
+            more than this; see `sylinit.standardize`.
+        offset_ratio: the same if a mean is more than so many deviations from zero.
         filter_length: Euclidean length of filters that feed a normalization where training samples are few; He's start
             gives them sqrt(2). The normalization undoes their scale, but the longer a filter, the smaller its step in
             training. None for `variance`, as elsewhere.
@@ -70,6 +74,9 @@ class Config:
     variance: float = 1.0
     variance_floor: float = 0.1
     logit_deviation: float = 0.5
+    prior: bool = False
+    scale_ratio: float = 100.0
+    offset_ratio: float = 1000.0
     filter_length: float | None = 2**0.5
     norm_scale: float = 0.5
     norm_offset: float = 0.5
@@ -134,6 +141,9 @@ RANGES: dict[str, Range] = {
     "variance": POSITIVE,
     "variance_floor": NOT_NEGATIVE,
     "logit_deviation": POSITIVE,
+    "prior": ("True or False", lambda value: isinstance(value, bool)),
+    "scale_ratio": POSITIVE,
+    "offset_ratio": POSITIVE,
     "filter_length": _or_none(POSITIVE),
     "norm_scale": POSITIVE,
     "norm_offset": ("a finite number", _number),

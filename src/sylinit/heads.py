@@ -1,135 +1,222 @@
-"""Which layers' outputs are the model's predictions: those that the trial run saw make the model's output."""
+"""Which layers' outputs are the model's predictions, and what each of them is to predict.
+
+A head is found by following the trial run to the model's output, not by the order in which layers are registered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from sylinit.data.targets import TargetKind
+from sylinit.data.calibration import CalibrationSet, reconstructed
+from sylinit.data.goals import Goal
+from sylinit.data.tasks import HeadShape, Task
 from sylinit.errors import SylinitError, warn
+from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
 from sylinit.selection import matches, require_match
-from sylinit.trace import Trace
+from sylinit.trace import Output, Trace
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a model.
+
+    Attributes:
+        goals: what each head's outputs are to be, by view.
+        told: what layers before the heads are told of the samples.
+        task: of the first head; "none" without any.
+        notes: about the choice.
+    """
+
+    goals: dict[LayerView, Goal]
+    told: Goal | None
+    task: Task
+    notes: tuple[str, ...] = ()
+
+
+def _heads(goals: dict[LayerView, Goal]) -> Heads:
+    first = next(iter(goals.values()))
+    return Heads(goals, first, first.task)
+
+
+NO_TASK = Task("none", "there are no targets")
 
 
 def find_heads(
     views: Sequence[LayerView],
-    head: str | Sequence[str] | None,
-    kind: TargetKind,
+    head: Any,
+    task: str,
+    classes: int | None,
     names: Sequence[str],
-    chosen: Callable[[str, nn.Module], bool],
+    data: CalibrationSet,
     trace: Trace,
-) -> tuple[list[LayerView], list[str]]:
-    """The views whose outputs are predictions, and notes about the choice.
+) -> Heads:
+    """The heads and their goals.
 
     Args:
         views: all of the model's.
-        head: what the user asked for.
-        kind: of the targets.
+        head: what the user asked for: a name, names, a mapping from name to target, "auto" or None.
+        task: as the user asked for it.
+        classes: likewise.
         names: of all modules, for messages.
-        chosen: whether ``layers=`` names a layer.
+        data: the calibration set.
         trace: what the trial run showed.
 
     Raises:
-        SylinitError: a head that does not exist, or whose width does not fit the targets.
+        SylinitError: a head that does not exist, or targets that do not fit it.
     """
-    asked = [] if head in (None, "auto") else [head] if isinstance(head, str) else list(head or ())
+    asked = list(head) if isinstance(head, (Mapping, list, tuple)) else [head] if head not in (None, "auto") else []
     for name in asked:
         require_match(name, names, "head")
-    if head is None or not kind.present or not views:
-        return [], []
-    if asked:
-        return [_named(name, views, kind) for name in asked], []
-    heads = _makers_of_output(views, kind, trace)
-    if heads:
-        return heads, []
-    return [], _none_found(views, kind, chosen, trace)
+    if task == "none":
+        return Heads({}, None, Task("none", "task="))
+    chosen = [_named(name, views) for name in asked]
+    if isinstance(head, Mapping):
+        goals = {}
+        for name, view in zip(asked, chosen, strict=True):
+            if (facts := data.facts(name)) is None:
+                raise SylinitError(f"head={{{name!r}: ...}}: its targets hold no label")
+            goals[view] = data.goal(_shape(view, trace), name, facts, task, classes)
+        return _heads(goals)
+    facts = data.facts()
+    makers = chosen or _makers_of_output(views, trace)
+    if facts is None:
+        return _reconstruction(makers, head, task, data, trace)
+    if head is None:
+        return _told_only(views, makers, task, classes, data, trace)
+    goals, failure = {}, None
+    for view in makers:
+        try:
+            goals[view] = data.goal(_shape(view, trace), "", facts, task, classes)
+        except SylinitError as error:
+            failure = failure or error
+    if chosen and failure:
+        raise failure
+    if goals and not chosen:
+        goals = _of_one_width(goals, facts.largest if not facts.real else None, trace)
+    if goals:
+        return _heads(goals)
+    return _none_found(views, makers, failure, task, classes, data, trace)
 
 
-def _named(name: str, views: Sequence[LayerView], kind: TargetKind) -> LayerView:
+def _named(name: str, views: Sequence[LayerView]) -> LayerView:
     """The layer that the user named."""
     found = [view for view in views if view.name == name] or [view for view in views if matches(name, view.name)]
     if not found:
         raise SylinitError(f"head={name!r} is no layer that sylinit can initialize")
     if found[-1].groups > 1:
         raise SylinitError(f"head={name!r}: {_grouped(found[-1])}; make it a layer of one group, or pass head=None")
-    _require_width(found[-1], kind, "head")
     return found[-1]
 
 
-def _makers_of_output(views: Sequence[LayerView], kind: TargetKind, trace: Trace) -> list[LayerView]:
-    """The layers that made the output and are as wide as the targets ask; the last of the pass if there is no output."""
-    last_of = {view.module: view for view in views}
-    by_name = {view.name: view for view in last_of.values()} | {_module_name(v): v for v in last_of.values()}
+def _makers_of_output(views: Sequence[LayerView], trace: Trace) -> list[LayerView]:
+    """The layers that made the output, in its order; the last of the pass where there is no output to follow."""
+    by_name = {module_name(view): view for view in views}  # of attention's projections, the last
     made = [by_name[name] for out in trace.outputs for name in sorted(out.made_by - out.rectified) if name in by_name]
     if not any(out.made_by for out in trace.outputs):  # a forward= that returns nothing
         made = [by_name[name] for name in trace.order[-1:] if name in by_name]
-    made = [view for view in dict.fromkeys(made) if view.groups == 1]
-    exact = fitting(made, kind)
-    if exact or not kind.classes:
-        return exact
-    return [view for view in made if view.units > kind.classes]
+    return [view for view in dict.fromkeys(made) if view.groups == 1]
 
 
-def _module_name(view: LayerView) -> str:
-    """The name of the module at which a view is met: of attention's projections, that of the attention."""
-    name = view.name
-    for suffix in (".out_proj", ".in_proj.query", ".in_proj.key", ".in_proj.value"):
-        name = name.removesuffix(suffix) if isinstance(view.module, nn.MultiheadAttention) else name
-    return name
+def _of_one_width(goals: dict[LayerView, Goal], largest: float | None, trace: Trace) -> dict[LayerView, Goal]:
+    """Of several layers that could be heads of one target, those that fit best.
+
+    Ensembles and early exits of one target have heads of equal width; where widths differ, class indices go to the
+    heads that have just as many outputs as there are classes, else to those of the first tensor of the output.
+    """
+    if len({view.units for view in goals}) == 1:
+        return goals
+    if largest is not None:
+        exact = {view: goal for view, goal in goals.items() if view.units == largest + 1}
+        if exact:
+            return exact
+    first: Output | None = next((out for out in trace.outputs if out.made_by), None)
+    names = first.made_by if first else frozenset()
+    widths = [view.units for view in goals if module_name(view) in names] or [next(iter(goals)).units]
+    return {view: goal for view, goal in goals.items() if view.units == widths[0]}
+
+
+def _reconstruction(makers: Sequence[LayerView], head: Any, task: str, data: CalibrationSet, trace: Trace) -> Heads:
+    """The head of an autoencoder: asked for, or seen by an output of the input's shape."""
+    if task not in ("auto", "reconstruction", "next-token"):
+        raise SylinitError(f"task={task!r}: the batches have no targets; pass batches of (x, y), or target=")
+    if task == "next-token" or head is None or not makers:
+        return Heads({}, None, NO_TASK)
+    x = reconstructed(data.batches[0])
+    alike = x is not None and any(out.real and out.shape[1:] == tuple(x.shape[1:]) for out in trace.outputs[:1])
+    if task == "auto" and not alike:
+        return Heads({}, None, NO_TASK)
+    goal = data.reconstruction(_shape(makers[0], trace), "reconstruction")
+    return _heads({makers[0]: goal})
+
+
+def _told_only(
+    views: Sequence[LayerView],
+    makers: Sequence[LayerView],
+    task: str,
+    classes: int | None,
+    data: CalibrationSet,
+    trace: Trace,
+) -> Heads:
+    """No head, but targets that the layers are told of."""
+    facts = data.facts()
+    assert facts is not None
+    width = facts.shape[-1] if facts.real and facts.shape else int(facts.largest) + 1 if not facts.real else 1
+    shape = _shape(makers[0], trace) if makers else HeadShape("", width)
+    outputs = HeadShape("", max(width, classes or 0, 1), shape.positions, shape.channels_first)
+    goal = data.goal(outputs, "", facts, task, classes)
+    return Heads({}, goal, Task("none", "head=None"))
 
 
 def _none_found(
-    views: Sequence[LayerView], kind: TargetKind, chosen: Callable[[str, nn.Module], bool], trace: Trace
-) -> list[str]:
-    """Warn, and note, that no layer was taken for the head."""
-    reached = [view for view in views if _module_name(view) in trace.seen or view.name in trace.seen]
-    last = (reached or list(views))[-1]
-    if kind.classes:
-        _require_width(last, kind, "auto")
-    if not chosen(last.name, last.module):
-        return []
-    unit, width = ("classes", kind.classes) if kind.classes else ("target values", kind.width)
-    note = (
-        f"no layer that makes the model's output has {width} outputs for the {width} {unit}, so none was taken for the "
-        f"head; if {last.name!r} ({_outputs(last)} outputs) is the head, pass head={last.name!r}, otherwise head=None"
-    )
+    views: Sequence[LayerView],
+    makers: Sequence[LayerView],
+    failure: SylinitError | None,
+    task: str,
+    classes: int | None,
+    data: CalibrationSet,
+    trace: Trace,
+) -> Heads:
+    """Warn, and note, that no layer was taken for the head; the layers are told of the targets all the same."""
     if trace.made:
         note = (
             f"no head was computed: the forward pass makes layers ({', '.join(trace.made)}), which it undoes here; run "
             "the model once, so that they exist, and initialize then"
         )
-    elif last.groups > 1:
-        note = f"no head was taken: {_grouped(last)}"
+    elif failure is not None:
+        raise failure
+    else:
+        last = next((view for view in reversed(views) if module_name(view) in trace.seen), None)
+        note = "no layer that sylinit can compute makes the model's output, so none was taken for the head"
+        if last is not None:
+            note += (
+                f"; if {last.name!r} ({last.units} outputs) is the head, pass head={last.name!r}, otherwise head=None"
+            )
     warn(note)
-    return [note]
+    told = _told_only(views, makers, task, classes, data, trace)
+    return Heads({}, told.told, Task("none", "no head was found"), (note,))
 
 
-def fitting(views: Sequence[LayerView], kind: TargetKind) -> list[LayerView]:
-    """The views that may be a head: one output a class or value; for two classes one may do, if none has two."""
-    whole = [view for view in views if view.groups == 1]
-    width = kind.classes or kind.width
-    return [v for v in whole if v.units == width] or [v for v in whole if kind.classes in (1, 2) and v.units == 1]
+def module_name(view: LayerView) -> str:
+    """The name of the module at which a view is met: of attention's projections, that of the attention."""
+    name = view.name
+    if isinstance(view.module, nn.MultiheadAttention):
+        for suffix in ("out_proj", "in_proj.query", "in_proj.key", "in_proj.value"):
+            name = name.removesuffix(suffix)
+    return name.removesuffix(".")
+
+
+def _shape(view: LayerView, trace: Trace) -> HeadShape:
+    """What the trial run showed of a head's outputs."""
+    shape = trace.shapes.get(module_name(view), (1, view.units))
+    conv = isinstance(view, ConvView)
+    positions = shape[2:] if conv else shape[1:-1]
+    return HeadShape(view.name, view.units, tuple(positions), conv)
 
 
 def _grouped(view: LayerView) -> str:
     return f"{view.name!r} is a {view.kind} of {view.groups} groups, each of which sees a part of the features only"
-
-
-def _require_width(view: LayerView, kind: TargetKind, head: str) -> None:
-    outputs = _outputs(view)
-    if kind.classes > outputs and not (kind.classes == 2 and outputs == 1):
-        raise SylinitError(
-            f"labels out of range: there is a label {kind.classes - 1}, but layer {view.name!r} has {outputs} outputs; "
-            f"labels must lie in 0 to {outputs - 1}"
-            + (", or pass head=None if this layer is not the head" if head == "auto" else "")
-        )
-    if kind.width and kind.width != outputs:
-        raise SylinitError(
-            f"head: the target has {kind.width} values a sample, layer {view.name!r} has {outputs} outputs"
-        )
-
-
-def _outputs(view: LayerView) -> int:
-    return view.groups * view.units

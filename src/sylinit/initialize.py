@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
 from sylinit.data.calibration import calibration_set
+from sylinit.data.tasks import TASKS
 from sylinit.errors import SylinitError
 from sylinit.inventory import Inventory, take_inventory
+from sylinit.judge import judge
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
 from sylinit.plan import Plan, Wish, make_plan
@@ -32,7 +34,7 @@ from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
 from sylinit.runtime.workers import Interleaved, OnePass
 from sylinit.sites import Context, MatrixSite, NormalizationSite, Site, check_entry
-from sylinit.trace import SAMPLES, Trace, trace
+from sylinit.trace import SAMPLES, Trace, output_tensors, trace
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -41,13 +43,17 @@ def initialize_(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    task: str = "auto",
+    classes: int | None = None,
     target: str | Callable[[Any], Any] | None = None,
+    ignore_index: int = -100,
     mask: str | Callable[[Any], Any] | None = "auto",
     samples: int = 2048,
     code: Any = "mixed",
     layers: Any = None,
     head: Any = "auto",
     train_size: int | None = None,
+    overwrite: bool = False,
     config: Config = Config(),  # noqa: B008 - frozen
     generator: torch.Generator | None = None,
     group: Any = None,
@@ -79,8 +85,13 @@ def initialize_(
             DataLoader. ``y`` holds class indices ``[n]`` (or ``[n, positions]`` for tokens and pixels; -100 is
             ignored), soft labels or real values ``[n, c]``. Each sample once: copies of one, mirrored or shifted, count
             as independent evidence when the head's encoding weight is chosen.
+        task: what the head is asked for: "multiclass", "binary" (one or two logits), "multilabel", "regression",
+            "next-token" (the labels are the input ids, shifted inside), "reconstruction" (the input is the target) or
+            "none"; "auto" reads it off the targets, the head and the inputs, and the report says what it took and why.
+        classes: how many classes there are; the head's width must agree.
         target: the key of the target in a mapping, or a function of the batch. By default the last part of a tuple, or
             what a mapping holds under ``labels``, ``label``, ``target``, ``targets`` or ``y``.
+        ignore_index: the class index that means "no label here". In real-valued targets NaN does.
         mask: which places of a sequence hold data: a key of a mapping, or a function of the batch that returns a tensor
             ``[n, length]``; "auto" takes ``attention_mask`` and ``src_key_padding_mask``. Padding counts nowhere.
         samples: at most so many are read: of lists spread evenly over all, of loaders the first, also of endless ones.
@@ -89,10 +100,13 @@ def initialize_(
             or a mapping from name pattern to any of these. Without labels the default falls back to "pca".
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
-        head: the name of the layer whose outputs are the logits or predictions, or a list of names; "auto" takes the
-            layers that the trial run saw make the model's output, if their width fits the targets; None for none.
+        head: the name of the layer whose outputs are the logits or predictions, a list of names, or a mapping from names
+            to targets (keys of the batch, indices among several targets, functions of the batch, tensors of all
+            samples); "auto" takes the layers that the trial run saw make the model's output, if their width fits the
+            targets; None for none.
         train_size: how many samples the model will be trained on; None means ``len(loader.dataset)`` or, of a list, as
             many as it holds. Only networks with normalizations depend on it.
+        overwrite: whether a model whose normalizations have been trained is to be re-made; `initialize_head_` keeps it.
         config: the constants of the method; ``dataclasses.replace(sylinit.Config(), ...)`` changes some.
         generator: source of what is random (sampled rows, random codes); None means a fixed seed.
         group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
@@ -109,13 +123,97 @@ def initialize_(
     Raises:
         SylinitError: for bad input, naming the layer or argument, what was expected, what came and the remedy.
     """
+    wish = Wish(layers, code, head, task, classes, overwrite, train_size=train_size)
+    source = _Source(batches, target, mask, samples, ignore_index, forward)
+    return _initialize(model, source, wish, config, generator, group, offload, progress)
+
+
+def initialize_head_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    task: str = "auto",
+    classes: int | None = None,
+    target: str | Callable[[Any], Any] | None = None,
+    ignore_index: int = -100,
+    mask: str | Callable[[Any], Any] | None = "auto",
+    samples: int = 2048,
+    head: Any = "auto",
+    config: Config = Config(),  # noqa: B008 - frozen
+    generator: torch.Generator | None = None,
+    group: Any = None,
+    offload: bool | Literal["disk"] = False,
+    progress: Callable[[int, int, str], None] | None = None,
+    forward: Forward | None = None,
+) -> Report:
+    """Compute the head of a model alone, on the features that its body gives: for pretrained backbones.
+
+    The weight solves the Sylvester equation of `initialize_` with the targets as the code, which is ridge regression of
+    the targets on the features, with the penalty of least generalized cross-validation error. Frozen bodies are no
+    hindrance. Normalizations that have seen no data yet get the statistics of theirs; nothing else is changed.
+    Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
+
+    Args:
+        model: see `initialize_`, as for all other arguments.
+        batches: calibration data.
+        task: what the head is asked for.
+        classes: how many classes there are.
+        target: where the target lies.
+        ignore_index: the class index that means "no label here".
+        mask: which places of a sequence hold data.
+        samples: at most so many are read.
+        head: the name of the head, names, or a mapping from names to targets.
+        config: the constants of the method.
+        generator: source of what is random.
+        group: a ``torch.distributed`` process group over which the data is split.
+        offload: where the activations of waiting batches go.
+        progress: called with (layers done, layers in all, name of the layer done).
+        forward: ``(model, batch) -> output``.
+
+    Returns:
+        What was done to each layer, and why where nothing was.
+
+    Raises:
+        SylinitError: for bad input, or where no head is found.
+    """
+    wish = Wish(head=head, task=task, classes=classes, heads_only=True)
+    source = _Source(batches, target, mask, samples, ignore_index, forward)
+    return _initialize(model, source, wish, config, generator, group, offload, progress)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the user brings: batches, and how they are read and run."""
+
+    batches: Any
+    target: Any
+    mask: Any
+    samples: Any
+    ignore_index: Any
+    forward: Forward | None
+
+    def reader(self, model: nn.Module, wish: Wish, *, apart: bool) -> Reader:
+        """What reads the batches of a model."""
+        targets = wish.head if isinstance(wish.head, Mapping) else {"": self.target}
+        return Reader(model, self.samples, targets, self.mask, custom=self.forward is not None, apart=apart)
+
+
+def _initialize(
+    model: nn.Module,
+    source: _Source,
+    wish: Wish,
+    config: Config,
+    generator: torch.Generator | None,
+    group: Any,
+    offload: bool | Literal["disk"],
+    progress: Callable[[int, int, str], None] | None,
+) -> Report:
+    """The flow: calibration set, trial run, plan, one pass, report; all or nothing."""
     started = time.perf_counter()
     processes = Processes(group)
-    wish = Wish(layers, code, head, train_size)
-    reader = Reader(model, samples, target, mask, custom=forward is not None, apart=bool(offload))
-    processes.together(lambda: _check_arguments(model, reader, wish, config, generator, offload, progress, forward))
+    processes.together(lambda: _check_arguments(model, source, wish, config, generator, offload, progress))
     model = _unwrapped(model)
-    reader = replace(reader, model=model)
+    reader = source.reader(model, wish, apart=bool(offload))
     shards = processes.together(lambda: Shards(model, processes.ranks))
     transaction = Transaction(model, generator)
     run: _Pass | None = None
@@ -124,16 +222,17 @@ def initialize_(
         try:
             with shards.gathered(transaction), torch.no_grad(), _as_written():
                 seed = _seed(generator)
-                read = processes.together(lambda: reader.read(batches))
-                data = calibration_set(read, processes, seed)
+                read = processes.together(lambda: reader.read(source.batches))
+                data = calibration_set(read, processes, seed, source.ignore_index)
                 inventory = processes.together(lambda: take_inventory(model))
                 model.eval()
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
-                    seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, forward)
-                    plan = processes.together(lambda: make_plan(model, inventory, seen, wish, data, config))
+                    seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
+                    plan = make_plan(model, inventory, seen, wish, data, config)
                     context = Context(data, config, processes, transaction, seen.layouts)
                     run = _Pass(plan, context, model, set(seen.seen), offload, progress)
-                    run.through(lambda batch: _call(model, batch, forward))
+                    run.through(lambda batch: _call(model, batch, source.forward))
+                before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))
             succeeded = True
         except BaseException as error:
             processes.announce(error)
@@ -148,7 +247,11 @@ def initialize_(
         samples=data.samples,
         seconds=time.perf_counter() - started,
         solve_seconds=sum(record.seconds for record in run.records),
-        notes=(*data.notes, *plan.notes),
+        task=plan.heads.task.name,
+        task_reason=plan.heads.task.reason,
+        before=before,
+        notes=(*data.notes, *plan.notes, *doubts),
+        config=config,
         offloaded_peak=run.offload.peak if run.offload else 0,
         offloaded_total=run.offload.moved if run.offload else 0,
     )
@@ -165,13 +268,12 @@ def _trial(
 ) -> Trace:
     """Run the model on a few samples, or on a whole batch where it takes no few; what the first process saw holds."""
     candidates = {candidate.module: candidate for candidate in inventory.candidates}
-    follow = batch.target is not None or batch.mask is not None
 
     def on(part: Batch) -> Trace:
         def call(raw: Any) -> Any:
             return _call(model, reader.parse(raw), forward)
 
-        return trace(model, candidates, call, part.raw, part.samples, transaction.rewind, follow_samples=follow)
+        return trace(model, candidates, call, part.raw, part.samples, transaction.rewind)
 
     def local() -> Trace:
         few = some_samples(batch, reader, SAMPLES)
@@ -199,6 +301,7 @@ class _Pass:
         progress: Callable[[int, int, str], None] | None,
     ) -> None:
         self.records: list[LayerReport] = []
+        self.outputs: dict[int, list[Tensor]] = {}
         self._plan = plan
         self._context = context
         self._seen = seen
@@ -233,7 +336,8 @@ class _Pass:
 
         def run(number: int) -> None:
             with self.offload.lane(number) if self.offload else nullcontext():
-                call(self._context.data.batches[number])
+                output = call(self._context.data.batches[number])
+            self.outputs[number] = [tensor.detach() for tensor in output_tensors(output)]
 
         self._runner.run(run)
 
@@ -321,7 +425,7 @@ class _Pass:
 
     def _normalize(self, number: int, site: NormalizationSite, waiting: dict[int, Any]) -> LayerReport:
         """Give a normalization the statistics of all its calls so far, if its input may be new."""
-        if not (site.selected or self._changed):
+        if not (site.selected or self._changed or site.is_fresh):
             return site.left_alone("its input did not change")
         sums = site.sums(waiting, self._context)
         self._sums[number] = self._sums[number] + sums if number in self._sums else sums
@@ -376,24 +480,21 @@ def _offload(asked: bool | str, plan: Plan, batches: int) -> Offload | None:
 
 
 def _check_arguments(
-    model: Any,
-    reader: Reader,
-    wish: Wish,
-    config: Any,
-    generator: Any,
-    offload: Any,
-    progress: Any,
-    forward: Any,
+    model: Any, source: _Source, wish: Wish, config: Any, generator: Any, offload: Any, progress: Any
 ) -> None:
     """Refuse arguments of the wrong kind before anything runs."""
     if not isinstance(model, nn.Module):
         raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, Config):
         raise SylinitError(f"config must be a sylinit.Config, got {config!r}")
-    head, size, count = wish.head, wish.train_size, reader.samples
-    names = isinstance(head, (list, tuple)) and all(isinstance(name, str) for name in head)
+    if wish.task not in ("auto", *TASKS):
+        raise SylinitError(f"task must be 'auto' or one of {', '.join(map(repr, TASKS))}, got {wish.task!r}")
+    head, size, count = wish.head, wish.train_size, source.samples
+    names = isinstance(head, (list, tuple, Mapping)) and head and all(isinstance(name, str) for name in head)
     if not (head is None or isinstance(head, str) or names):
-        raise SylinitError(f"head must be the name of a layer, a list of names, 'auto' or None, got {head!r}")
+        raise SylinitError(
+            f"head must be the name of a layer, a list of names, a mapping from names to targets, 'auto' or None, got {head!r}"
+        )
     if not (isinstance(count, int) and not isinstance(count, bool) and count >= 2):
         raise SylinitError(f"samples must be an integer of at least 2, got {count!r}")
     if not (size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):
@@ -402,9 +503,16 @@ def _check_arguments(
         raise SylinitError(f"generator must be a torch.Generator or None, got {generator!r}")
     if not (isinstance(offload, bool) or offload == "disk"):
         raise SylinitError(f"offload must be True, False or 'disk', got {offload!r}")
-    for name, value in (("target", reader.target), ("mask", reader.mask)):
+    for name, number in (("classes", wish.classes), ("ignore_index", source.ignore_index)):
+        whole = isinstance(number, int) and not isinstance(number, bool)
+        if not (whole and (name == "ignore_index" or number > 0)) and not (number is None and name == "classes"):
+            raise SylinitError(f"{name} must be an integer, got {number!r}")
+    for name, value in (("target", source.target), ("mask", source.mask)):
         if not (value is None or isinstance(value, str) or callable(value)):
             raise SylinitError(f"{name} must be a key of the batches, a function of a batch or None, got {value!r}")
-    for name, value, form in (("progress", progress, "(done, total, name)"), ("forward", forward, "(model, batch)")):
+    for name, value, form in (
+        ("progress", progress, "(done, total, name)"),
+        ("forward", source.forward, "(model, batch)"),
+    ):
         if not (value is None or callable(value)):
             raise SylinitError(f"{name} must be a function {form} or None, got {value!r}")

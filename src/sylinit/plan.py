@@ -11,9 +11,9 @@ from torch import nn
 from sylinit.codes import CODES, HEAD, Code, as_code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
-from sylinit.data.targets import TargetKind
-from sylinit.errors import SylinitError
-from sylinit.heads import find_heads
+from sylinit.data.goals import Goal
+from sylinit.errors import SylinitError, warn
+from sylinit.heads import Heads, find_heads, module_name
 from sylinit.inventory import Inventory
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import is_quantized
@@ -26,10 +26,11 @@ from sylinit.trace import Trace
 
 @dataclass(frozen=True)
 class Plan:
-    """Sites in the model's order, the layers left alone, and what a user should know."""
+    """Sites in the model's order, the layers left alone, the heads, and what a user should know."""
 
     sites: tuple[Site, ...]
     left_alone: tuple[LayerReport, ...]
+    heads: Heads
     notes: tuple[str, ...]
 
 
@@ -40,13 +41,21 @@ class Wish:
     Attributes:
         layers: which layers.
         code: which latent codes.
-        head: which layer makes the predictions.
+        head: which layer makes the predictions, or a mapping from heads to targets.
+        task: what the head is asked for.
+        classes: how many classes there are.
+        overwrite: whether a model that looks trained is to be re-made.
+        heads_only: whether only heads are to be computed.
         train_size: how many samples the model will be trained on; None for as many as the data tells.
     """
 
     layers: Any = None
     code: Any = "mixed"
     head: Any = "auto"
+    task: str = "auto"
+    classes: int | None = None
+    overwrite: bool = False
+    heads_only: bool = False
     train_size: int | None = None
 
 
@@ -64,51 +73,59 @@ def make_plan(
         config: the constants of the method.
 
     Raises:
-        SylinitError: an unknown layer or code, a frozen or quantized layer among those selected, a code
+        SylinitError: an unknown layer or code, a frozen or quantized layer that layers= names, a code
             that needs labels without labels, a label out of range, or nothing to initialize.
     """
-    kind = data.kind
     views, left = _seen(inventory, trace)
     few = (wish.train_size or data.train_size) < config.few_samples
     modules = {name or ROOT: module for name, module in model.named_modules()}
     names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
     chosen = selector(wish.layers, names)
     code_of = _codes(wish.code, names)
-    heads, notes = find_heads(views, wish.head, kind, names, chosen, trace)
+    heads = find_heads(views, wish.head, wish.task, wish.classes, names, data, trace)
+    if wish.heads_only and not heads.goals:
+        raise SylinitError(f"no head to compute: {'; '.join(heads.notes) or heads.task.reason}; name it by head=")
+    notes = list(heads.notes)
+    notes += _require_untrained(inventory, wish)
 
     sites: list[Site] = []
     # A parameter that something left alone also uses is left alone too.
     owners = {_memory(p): layer.name for layer in left for p in _own(modules.get(layer.name))}
-    owners |= {_memory(p): view.name for view in views if not chosen(view.name, view.module) for p in view.parameters}
     for view in views:
-        if not chosen(view.name, view.module):
-            left.append(LayerReport(view.name, view.kind, "left alone", "not selected by layers="))
+        reason = _reason_to_leave(view, view in heads.goals, wish, chosen, trace)
+        if reason:
+            left.append(LayerReport(view.name, view.kind, "left alone", reason))
+            owners |= {_memory(parameter): view.name for parameter in view.parameters}
+    passed_over = {layer.name for layer in left}
+    for view in views:
+        if view.name in passed_over:
             continue
         owner = next((owners[_memory(p)] for p in view.parameters if _memory(p) in owners), None)
         if owner is not None and not _slices_of_one(view, owner):
             left.append(LayerReport(view.name, view.kind, "left alone", f"its weight is tied to that of {owner!r}"))
             continue
-        _require_writable(view)
         owners.update({_memory(parameter): view.name for parameter in view.parameters})
-        if any(view is head for head in heads):
-            sites.append(MatrixSite(view, HEAD, "logits" if kind.categorical else "values"))
+        entry = module_name(view) in trace.entries
+        if view in heads.goals:
+            goal = heads.goals[view]
+            sites.append(MatrixSite(view, HEAD, "logits" if goal.task.has_logits else "values", goal, entry))
             continue
         held = few and _feeds_normalization(view)
-        code = _with_targets(code_of(view.name), view.name, kind)
-        sites.append(MatrixSite(view, code, "directions" if held else "units"))
+        code = _with_targets(code_of(view.name), view.name, heads.told)
+        sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
     _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]
     if not sites:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialize{': ' + reasons if reasons else ''}")
     for name, module in inventory.norms.items():
-        selected = chosen(name, module)
+        selected = chosen(name, module) and not wish.heads_only
         sites.append(NormalizationSite(name or ROOT, module, selected=selected, held=few and selected))
     order = {id(module): place for place, module in enumerate(modules.values())}
     sites.sort(key=lambda site: order[id(site.module)])
     if len(data.batches) > 1:
         notes += _depends_on_the_cut(modules)
-    return Plan(tuple(sites), tuple(left), (*notes, *_advice(sites, wish, data, config)))
+    return Plan(tuple(sites), tuple(left), heads, (*notes, *_advice(sites, wish, heads, data, config)))
 
 
 MADE_INSIDE = (
@@ -130,13 +147,68 @@ def _seen(inventory: Inventory, trace: Trace) -> tuple[list[LayerView], list[Lay
     return views, left
 
 
-def _advice(sites: Sequence[Site], wish: Wish, data: CalibrationSet, config: Config) -> list[str]:
+def _reason_to_leave(
+    view: LayerView, is_head: bool, wish: Wish, chosen: Callable[[str, nn.Module], bool], trace: Trace
+) -> str:
+    """Why a layer is not computed; empty if it is.
+
+    Raises:
+        SylinitError: a frozen layer that the user names.
+    """
+    if wish.heads_only and not is_head:
+        return "not a head"
+    if not chosen(view.name, view.module):
+        return "not selected by layers="
+    if not all(parameter.requires_grad for parameter in view.parameters):
+        patterns = [part for part in _parts(wish.layers) if isinstance(part, str)]
+        if any(matches(pattern, view.name) for pattern in patterns):
+            raise SylinitError(
+                f"layer {view.name!r} is frozen (requires_grad=False), and layers= names it; unfreeze it, or leave it out"
+            )
+        return "frozen (requires_grad=False)"
+    if not is_head and not bool(view.weight().any()):
+        return "it starts at zero on purpose, so that its branch adds nothing yet"
+    return ""
+
+
+def _parts(layers: Any) -> list[Any]:
+    return list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
+
+
+SEEN_BATCHES = 2
+"""A normalization that has seen more batches than this has been trained."""
+
+
+def _require_untrained(inventory: Inventory, wish: Wish) -> list[str]:
+    """A model that looks trained is re-made only when asked for; then a note says so.
+
+    Raises:
+        SylinitError: it is not asked for.
+    """
+    seen = {name: getattr(norm, "num_batches_tracked", None) for name, norm in inventory.norms.items()}
+    trained = [name for name, count in seen.items() if count is not None and int(count) > SEEN_BATCHES]
+    if not trained or wish.heads_only:
+        return []
+    what = f"the model looks trained ({trained[0]!r} has seen {int(seen[trained[0]])} batches)"  # type: ignore[arg-type]
+    if wish.layers is None and not wish.overwrite:
+        raise SylinitError(
+            f"{what}; sylinit.initialize_head_ computes its head alone, layers= some layers, and overwrite=True all of "
+            "it anew"
+        )
+    note = (
+        f"{what}, and its layers were computed anew, as asked for; sylinit.initialize_head_ would keep all but the head"
+    )
+    if wish.layers is None:
+        warn(note)
+    return [note]
+
+
+def _advice(sites: Sequence[Site], wish: Wish, heads: Heads, data: CalibrationSet, config: Config) -> list[str]:
     """What a user should know of codes that fell back and of normalizations that start otherwise."""
     notes = []
-    kind = data.kind
     used = {site.code.name for site in sites if isinstance(site, MatrixSite)}
     asked = as_code(wish.code).name if isinstance(wish.code, str) else None
-    if asked and not kind.present and used and asked not in used:
+    if asked and heads.told is None and used and asked not in used:
         notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(used))!r}")
     held = any(getattr(site, "held", False) or getattr(site, "role", "") == "directions" for site in sites)
     if wish.train_size is None and held:
@@ -174,9 +246,9 @@ def _codes(code: Any, names: list[str]) -> Callable[[str], Code]:
     return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
 
 
-def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:
+def _with_targets(code: Code, name: str, told: Goal | None) -> Code:
     """The code itself, or what it falls back to where there are no targets."""
-    if not code.labels or kind.present or code.values is not None:
+    if not code.labels or told is not None or code.values is not None:
         return code
     remedy = "pass batches of (x, y), or a code without labels such as code='pca'"
     return code.without_labels(name, "the batches have none", remedy)
@@ -185,15 +257,6 @@ def _with_targets(code: Code, name: str, kind: TargetKind) -> Code:
 def _slices_of_one(view: LayerView, owner: str) -> bool:
     """Whether view and owner are slices of one packed parameter of the same module, not the same matrix twice."""
     return view.name.rpartition(".")[0] == owner.rpartition(".")[0] and ".in_proj." in f".{view.name}"
-
-
-def _require_writable(view: LayerView) -> None:
-    for parameter in view.parameters:
-        if not parameter.requires_grad:
-            raise SylinitError(
-                f"layer {view.name!r} is frozen (requires_grad=False); unfreeze it, or leave it out, for example with "
-                "layers=lambda name, module: all(p.requires_grad for p in module.parameters())"
-            )
 
 
 def _refuse_quantized(left: list[LayerReport], modules: dict[str, nn.Module], chosen: Any) -> None:

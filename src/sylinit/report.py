@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from sylinit.config import Config
+from sylinit.score import Before
 
 Action = Literal["initialized", "recalibrated", "left alone"]
 
@@ -53,7 +57,13 @@ class LayerReport:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+LEGEND = (
+    "residual: of the Sylvester equation; encode: ||W X - S||^2 / ||S||^2; decode: ||X - W'S||^2 / ||X||^2; "
+    "dead: share of units that are zero"
+)
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `initialize_` did.
 
@@ -62,7 +72,11 @@ class Report:
         samples: number of calibration samples.
         seconds: wall time of the whole call.
         solve_seconds: the part of it spent on layers rather than on running the model.
+        task: what the head was asked for, one of `sylinit.data.tasks.TASKS`.
+        task_reason: what that was read off.
+        before: how well the model as it now stands meets its targets on the calibration data, before any training.
         notes: anything about the whole model that a user should know.
+        config: the constants of the method that it was computed with.
         offloaded_peak: the largest number of bytes of activations that ``offload=`` held elsewhere at one time.
         offloaded_total: bytes that it moved away in all.
     """
@@ -71,7 +85,11 @@ class Report:
     samples: int
     seconds: float
     solve_seconds: float
+    task: str = "none"
+    task_reason: str = ""
+    before: Before = field(default_factory=Before)
     notes: tuple[str, ...] = ()
+    config: Config = field(default_factory=Config)
     offloaded_peak: int = 0
     offloaded_total: int = 0
 
@@ -109,7 +127,9 @@ class Report:
             "seconds",
         )
         done = [layer for layer in self.layers if layer.action == "initialized"]
+        first = self.headline()
         lines = _table([head, *(_cells(layer) for layer in done)]) if done else ["no layer was initialized"]
+        lines = [first, "", *lines]
         others: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.action != "initialized":
@@ -126,11 +146,36 @@ class Report:
             f"{len(done)} matrices from {self.samples} samples in {self.seconds:.2f} s "
             f"({self.solve_seconds:.2f} s of it on layers, the rest running the model)"
         )
+        if done:
+            lines.append(LEGEND)
         return "\n".join(lines)
+
+    def headline(self) -> str:
+        """What was gained, in one line."""
+        what = f"{len(self.initialized)} of {len(self.layers)} layers computed"
+        task = "" if self.task == "none" else f" for {self.task} ({self.task_reason})"
+        gain = str(self.before)
+        return f"{gain or what}{task if not gain else ''}" if gain == "" else f"{gain}; {what}{task}"
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<sylinit.Report: {self.headline()}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the gain, and the table folded."""
+        table = html.escape(str(self))
+        return (
+            f"<p><b>{html.escape(self.headline())}</b></p><details><summary>layers and notes</summary>"
+            f"<pre>{table}</pre></details>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, strings, lists and dictionaries."""
+        return asdict(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text; also written to ``path`` if one is given."""
-        text = json.dumps(asdict(self), indent=2)
+        text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -142,7 +187,7 @@ class Report:
             path: where to save the picture; its suffix gives the format.
 
         Returns:
-            The matplotlib figure.
+            The two matplotlib axes, errors and residuals; ``axes[0].figure`` is the figure.
         """
         from matplotlib.figure import Figure
 
@@ -166,7 +211,7 @@ class Report:
             axes.grid(alpha=0.3)
         if path is not None:
             figure.savefig(path, dpi=150)
-        return figure
+        return errors, residuals
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ A site computes itself: ``rows = collect(...)``, ``fit = solve(...)``, ``fit = r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sylinit.codes import Code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
+from sylinit.data.goals import Goal, log_prior
 from sylinit.errors import SylinitError, UnsupportedLayerError
 from sylinit.fit import Fit
 from sylinit.layers.attention import AttentionOutputView
@@ -21,12 +22,15 @@ from sylinit.layers.inputs import plain, require_plain_rows
 from sylinit.layers.normalization import check_channels, norm_sums, start_fresh, write_statistics
 from sylinit.layers.registry import is_stock
 from sylinit.layers.view import LayerView
+from sylinit.linalg.leave_one_out import leave_one_out
 from sylinit.report import LayerReport
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
 from sylinit.scaling import rescale
+from sylinit.score import Score, fitted_score
 from sylinit.solve import solve
 from sylinit.solvers.problem import Problem, Role
+from sylinit.standardize import standardized
 from sylinit.statistics.alignment import Layout
 from sylinit.statistics.rows import Known, Rows, collect, not_finite, require_finite
 
@@ -41,6 +45,7 @@ class Context:
         processes: the group.
         transaction: told of what is to stay.
         layouts: where samples were seen to lie, by the name of the view.
+        promises: filled with what each head's solution promises, by the name of the view.
     """
 
     data: CalibrationSet
@@ -48,6 +53,26 @@ class Context:
     processes: Processes
     transaction: Transaction
     layouts: dict[str, Layout]
+    promises: dict[str, Promise] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the solution of a head says of its predictions on the rows that it was computed from.
+
+    Attributes:
+        value: accuracy or R².
+        cross_validated: the score with each sample predicted by the head of all others; None where rows are no samples.
+        weight_ratio: root mean square of its weights over that of PyTorch's own initialization, ``1 / sqrt(3 d)``.
+    """
+
+    value: float | None = None
+    cross_validated: Score | None = None
+    weight_ratio: float = 0.0
+
+
+PROMISED_ROWS = 8192
+"""Heads of more rows than this promise nothing: looking would take as long as solving."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +83,15 @@ class MatrixSite:
         view: the weight.
         code: the latent code of its units.
         role: what its outputs are.
+        goal: what is known of the samples: of a head, what it is to predict.
+        entry: whether it reads the user's data before any layer has changed it.
     """
 
     view: LayerView
     code: Code
     role: Role
+    goal: Goal | None = None
+    entry: bool = False
 
     @property
     def name(self) -> str:
@@ -121,15 +150,24 @@ class MatrixSite:
             context: of the pass.
         """
         seed = (context.data.seed + 7919 * number) % 2**63
-        rows = self._collect(waiting, seed, context)
+        known, outputs = self._known(context)
+        rows = self._collect(waiting, known, seed, context)
         if rows is None:
-            met = sum(len(x) for x in waiting.values() if isinstance(x, Tensor))
-            few = "no row" if not met else "1 row"
-            return self.left_alone(f"it has met {few} of input; a layer is computed from at least 2")
+            return self.left_alone("it has met fewer than two rows of input, from which no layer can be computed")
         code, note = self._code(rows)
-        problem = Problem(self.name, code, self.view.units, seed + 1, self.role)
-        fit = solve(rows, problem, context.config)
+        units = self.view.units if outputs is None else len(outputs)
+        scaled = standardized(rows, context.config) if self.entry else None
+        source = scaled or rows
+        fit = solve(source, Problem(self.name, code, units, seed + 1, self.role), context.config)
         fit = context.processes.together(lambda: rescale(fit, self.role, context.config))
+        promise = self._promise(source, fit, context) if self.is_head else None
+        if scaled is not None:
+            fit = scaled.in_original_units(fit)
+            note = "; ".join(filter(None, (note, "its inputs differ much in scale and were standardized for it")))
+        if promise is not None:
+            ratio = float(fit.weight.square().mean().sqrt()) * (3 * self.view.dim) ** 0.5
+            context.promises[self.name] = replace(promise, weight_ratio=ratio)
+            fit = self._as_head(fit, outputs, context)
         record = LayerReport(self.name, self.kind, "initialized", note, code=code.name, rows=rows.count)
         return self._write(fit, record, context)
 
@@ -137,18 +175,22 @@ class MatrixSite:
         """A record that says why nothing was done."""
         return LayerReport(self.name, self.kind, "left alone", reason)
 
-    def _collect(self, waiting: dict[int, Any], seed: int, context: Context) -> Rows | None:
-        data = context.data
-        targets = data.targets
+    def _known(self, context: Context) -> tuple[Known, Tensor | None]:
+        """What is known of the samples, and which of a wide head's outputs are fitted (None: all)."""
+        data, outputs = context.data, None
+        known = Known(masks=data.masks, sizes=data.sizes)
         if self.code.values is not None:
-            targets = data.given(self.code.values)
-        elif self.is_head and data.kind.classes:
-            targets = data.one_hot(max(2, self.view.units))
-        masks = tuple(batch.mask for batch in data.batches)
-        sizes = tuple(batch.samples for batch in data.batches)
-        known = Known(masks=masks, sizes=sizes)
-        if targets is not None:
-            known = replace(known, vectors=targets.vectors, mean=targets.mean)
+            vectors, mean = data.given(self.code.values)
+        elif self.goal is None:
+            return known, None
+        elif self.is_head:
+            vectors, mean, outputs = self.goal.of_head(self.view.units, data.processes)
+        else:
+            vectors, mean = self.goal.vectors, self.goal.mean
+        return replace(known, vectors=vectors, mean=mean, labeled_only=self.is_head), outputs
+
+    def _collect(self, waiting: dict[int, Any], known: Known, seed: int, context: Context) -> Rows | None:
+        """The rows to read."""
         return collect(
             self.name,
             self.view,
@@ -160,6 +202,40 @@ class MatrixSite:
             context.processes,
             self.device,
         )
+
+    def _promise(self, source: Rows, fit: Fit, context: Context) -> Promise:
+        """What the fitted outputs say of the rows that were read."""
+        assert self.goal is not None
+        assert fit.bias is not None
+        if not source.width or source.count > PROMISED_ROWS:
+            return Promise()
+        x, t = source.rows()
+        y = (x.double() @ fit.weight.mT + fit.bias.unsqueeze(1))[0]
+        value = fitted_score(self.goal, y, t).value
+        if source.count != context.data.samples or self.goal.task.positions:
+            return Promise(value)
+        left_out = leave_one_out(x[0], t, _ridge(x[0], t, self.goal, fit.encoding_weight))
+        if self.role == "logits":
+            left_out = left_out - t.mean(0)
+            left_out = left_out[:, 1:] - left_out[:, :1] if y.shape[1] < t.shape[1] else left_out
+        return Promise(value, fitted_score(self.goal, left_out, t))
+
+    def _as_head(self, fit: Fit, outputs: Tensor | None, context: Context) -> Fit:
+        """All outputs of a head, of which some were fitted, with the prior of the classes in the bias if asked for."""
+        assert self.goal is not None
+        assert fit.bias is not None
+        assert fit.dead is not None
+        bias = fit.bias
+        if context.config.prior and self.goal.task.has_logits:
+            bias = bias + log_prior(self.goal, self.view.units, outputs, context.data.samples).to(bias)
+        if outputs is None:
+            return replace(fit, bias=bias)
+        units = self.view.units
+        weight = fit.weight.new_zeros(1, units, self.view.dim).index_copy(1, outputs, fit.weight)
+        absent = float(bias.amin()) - 2 * context.config.logit_deviation  # no sample speaks for these classes
+        bias = bias.new_full((1, units), absent).index_copy(1, outputs, bias)
+        dead = fit.dead.new_zeros(1, units).index_copy(1, outputs, fit.dead)
+        return replace(fit, weight=weight, bias=bias, dead=dead)
 
     def _code(self, rows: Rows) -> tuple[Code, str]:
         """The layer's code, or what it falls back to where its rows cannot be matched to samples."""
@@ -235,6 +311,13 @@ class NormalizationSite:
     behind = False
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether it has seen no data yet."""
+        norm: Any = self.module
+        seen = norm.num_batches_tracked is not None and bool(norm.num_batches_tracked > 0)
+        return not seen and not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
+
+    @property
     def kind(self) -> str:
         """The type of the module."""
         return type(self.module).__name__
@@ -289,6 +372,17 @@ def check_entry(site: Site, x: Any) -> None:
     In between, layers are checked by the rows read.
     """
     require_finite(site.name, x)
+
+
+def _ridge(x: Tensor, t: Tensor, goal: Goal, encoding_weight: float) -> Tensor:
+    """The ridge penalty that a head's Sylvester equation stands for, as a variance.
+
+    The code is the target, scaled to the variance v of the rows; a one-hot target of c classes spreads it over c - 1
+    directions. So each has ``v c / (c - 1)``, and the encoding weight lambda divides it.
+    """
+    classes = t.shape[1] if goal.task.classes else 0
+    share = classes / (classes - 1) if classes > 1 else 1.0
+    return x.double().var(0, correction=0).mean() * share / max(encoding_weight, 1e-12)
 
 
 def _row_budget(dim: int, needs: str, total: int, share_for_all: float | None, config: Config) -> int | None:

@@ -71,6 +71,8 @@ class Trace:
         order: the modules in the order of their first calls.
         outputs: the tensors of the model's output.
         layouts: by view, where samples lie in its rows; missing where nothing was seen.
+        shapes: by module, the shape of its first output.
+        entries: modules that read the model's input before any layer has changed it.
         made: names of modules that the forward pass created.
     """
 
@@ -78,6 +80,8 @@ class Trace:
     order: list[str] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    entries: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
 
 
@@ -88,10 +92,8 @@ def trace(
     batch: Any,
     samples: int,
     rewind: Callable[[], None],
-    *,
-    follow_samples: bool,
 ) -> Trace:
-    """Run a model on a few samples, twice where the place of samples is asked for.
+    """Run a model on a few samples, and again with one of them changed.
 
     Args:
         model: in eval mode.
@@ -100,17 +102,16 @@ def trace(
         batch: the inputs of a few samples, a nested structure of tensors.
         samples: how many.
         rewind: puts the model's state back after each run.
-        follow_samples: whether targets or masks have to be brought to rows.
     """
     found = Trace()
     known = dict(model.named_modules())
     inputs: dict[str, Any] = {}
     with _Watch(candidates, found, inputs) as watch:
         output = run(batch)
-        found.outputs = [watch.described(tensor) for tensor in _output_tensors(output)]
+        found.outputs = [watch.described(tensor) for tensor in output_tensors(output)]
     found.made = [name for name, module in model.named_modules() if known.get(name) is not module]
     rewind()
-    if not follow_samples or samples <= MARKED + 1:
+    if samples <= MARKED + 1:
         return found
     marked = _marked(batch, samples)
     if marked is None:
@@ -134,7 +135,7 @@ def _lead(view: LayerView, x: Any) -> tuple[int, ...]:
     return (samples, *positions)
 
 
-def _output_tensors(output: Any) -> Iterator[Tensor]:
+def output_tensors(output: Any) -> Iterator[Tensor]:
     """The tensors of an output, logits first."""
     if not isinstance(output, (Tensor, Mapping, tuple, list)) and hasattr(output, "__dict__"):
         output = vars(output)
@@ -218,6 +219,10 @@ class _Watch(_Inputs):
                     number = _hypothesis(candidate, args, kwargs, given)
                     self.found.seen[candidate.name] = number
                     self.found.order.append(candidate.name)
+                    if isinstance(given, Tensor):
+                        self.found.shapes[candidate.name] = tuple(given.shape)
+                    if not any(self._follow.made_by(tensor) for tensor in tensors((args, kwargs))):
+                        self.found.entries.add(candidate.name)
                     if number >= 0:
                         self.keep(candidate.hypotheses[number], args, kwargs, given)
                 if self.found.seen[candidate.name] >= 0:

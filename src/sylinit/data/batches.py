@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Batch:
         raw: as the user made it, on the model's device: what ``forward=`` receives.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
-        target: class indices, soft labels or real values, or None.
+        targets: class indices, soft labels or real values, by the name of the head that they are for; "" is for the
+            head that is found.
         samples: the size of the leading dimension; with a ``forward=`` that of the target, where there is one.
         mask: bool ``[samples, length]``, true where a sequence holds data; None where there is no padding.
     """
@@ -34,7 +35,7 @@ class Batch:
     raw: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    target: Tensor | None
+    targets: dict[str, Tensor]
     samples: int
     mask: Tensor | None = None
 
@@ -61,7 +62,8 @@ class Reader:
     Attributes:
         model: its device decides where inputs go, its signature how they are passed.
         samples: at most so many are read.
-        target: the key of the target in a mapping, or a function of the batch; None for the usual places.
+        targets: by the name of the head ("" for the one that is found) where its target lies: a key, an index among
+            several targets, a function of the batch, or a tensor of all samples; None for the usual places.
         mask: the key of the mask in a mapping, or a function of the batch; "auto" for the usual keys, None for none.
         custom: the user has a ``forward=``, so only the target and the number of samples are read.
         apart: batches stay as they are cut.
@@ -69,7 +71,7 @@ class Reader:
 
     model: nn.Module
     samples: int
-    target: str | Callable[[Any], Any] | None = None
+    targets: Mapping[str, Any] = field(default_factory=lambda: {"": None})
     mask: str | Callable[[Any], Any] | None = "auto"
     custom: bool = False
     apart: bool = False
@@ -91,13 +93,15 @@ class Reader:
             if not in_memory and sum(batch.samples for batch in read) >= self.samples:
                 cut = True
                 break
-            read.append(self.parse(raw, len(read)))
+            parsed = self.parse(raw, len(read))
+            read.append(self._with_given(parsed, sum(batch.samples for batch in read)))
         if not read:
             raise SylinitError(
                 "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
             )
         _require_alike(read, self.custom)
         total = sum(batch.samples for batch in read)
+        self._require_given(total, cut)
         size = _dataset_size(batches) or total
         notes = []
         if cut or total > self.samples:
@@ -113,7 +117,7 @@ class Reader:
         raw = map_leaves(raw, lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf)
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
-        target = self._target(raw, number)
+        found = {name: self._target(raw, spec, number) for name, spec in self.targets.items()}
         if isinstance(raw, Mapping):
             kwargs = dict(raw)
         elif isinstance(raw, (tuple, list)):
@@ -131,35 +135,60 @@ class Reader:
         if inputs and samples == 0:
             shape = list(inputs[0].shape)
             raise SylinitError(f"batches: batch {number} is empty (its input has shape {shape}); drop it")
-        if target is not None:
-            target = self._checked_target(target, number)
-            if self.custom and target.ndim:  # only the user's own function knows how the inputs lie
-                samples = target.shape[0]
+        targets = {name: self._checked_target(t, number) for name, t in found.items() if t is not None}
+        if self.custom and (counting := [t for t in targets.values() if t.ndim]):
+            samples = counting[0].shape[0]  # only the user's own function knows how the inputs lie
+        for target in targets.values():
             if target.ndim == 0 or target.shape[0] != samples:
                 raise SylinitError(
                     f"batches: batch {number} has {samples} samples and a target of shape {list(target.shape)}; "
                     "the target's first dimension must count the samples (if the input's second does, pass "
                     "forward=lambda model, batch: model(batch[0])); for more than one batch pass a list of (x, y)"
                 )
-        return Batch(raw, args, kwargs, target, samples, self._mask(raw, samples))
+        return Batch(raw, args, kwargs, targets, samples, self._mask(raw, samples))
 
-    def _target(self, raw: Any, number: int) -> Any:
-        """The target of a batch, wherever it lies."""
-        if callable(self.target):
-            return self.target(raw)
-        if isinstance(raw, Mapping):
-            if self.target is not None:
-                if self.target not in raw:
-                    keys = ", ".join(map(repr, raw))
-                    raise SylinitError(f"target={self.target!r}: batch {number} has no such key; it has {keys}")
-                return raw[self.target]
-            return next((raw[key] for key in TARGET_KEYS if key in raw and not self._is_input(key)), None)
-        if self.target is not None:
-            raise SylinitError(
-                f"target={self.target!r}: batch {number} is a {type(raw).__name__}, which has no keys; "
-                "pass a function of the batch"
-            )
-        return raw[-1] if isinstance(raw, (tuple, list)) and len(raw) > 1 else None
+    def _target(self, raw: Any, spec: Any, number: int) -> Any:
+        """A target of a batch, wherever it lies; None for one that is given for all samples at once."""
+        if isinstance(spec, Tensor):
+            return None
+        if callable(spec):
+            return spec(raw)
+        own = raw[-1] if isinstance(raw, (tuple, list)) and len(raw) > 1 else None
+        if spec is None:
+            if isinstance(raw, Mapping):
+                return next((raw[key] for key in TARGET_KEYS if key in raw and not self._is_input(key)), None)
+            return own
+        holders = [own, raw] if isinstance(raw, Mapping) or own is not None else [raw]
+        for holder in holders:
+            if isinstance(holder, Mapping) and spec in holder:
+                return holder[spec]
+            if isinstance(spec, int) and isinstance(holder, (tuple, list)) and -len(holder) <= spec < len(holder):
+                return holder[spec]
+        keys = [key for holder in holders if isinstance(holder, Mapping) for key in holder]
+        has = f"it has {', '.join(map(repr, keys))}" if keys else f"it is {_describe(raw)}, which has no keys"
+        raise SylinitError(f"target={spec!r}: batch {number} has no such key; {has}")
+
+    def _with_given(self, batch: Batch, start: int) -> Batch:
+        """The batch with its part of the targets that are given for all samples at once."""
+        given = {
+            name: self._checked_target(spec[start : start + batch.samples], 0)
+            for name, spec in self.targets.items()
+            if isinstance(spec, Tensor)
+        }
+        return replace(batch, targets={**batch.targets, **given}) if given else batch
+
+    def _require_given(self, total: int, cut: bool) -> None:
+        """Refuse a target given for all samples that has another number of them."""
+        for name, spec in self.targets.items():
+            if isinstance(spec, Tensor) and (len(spec) < total or (len(spec) != total and not cut)):
+                raise SylinitError(
+                    f"head={{{name!r}: tensor}}: it has {len(spec)} rows, the batches hold {total} samples"
+                )
+
+    def _is_input(self, key: str) -> bool:
+        """Whether the model needs a key of that name, so that it is no target."""
+        parameter = inspect.signature(self.model.forward).parameters.get(key)
+        return parameter is not None and parameter.default is parameter.empty and not self.custom
 
     def _mask(self, raw: Any, samples: int) -> Tensor | None:
         """Which places of each sequence hold data, as far as the batch says."""
@@ -184,11 +213,6 @@ class Reader:
             return None
         mask = found != 0
         return None if bool(mask.all()) else mask
-
-    def _is_input(self, key: str) -> bool:
-        """Whether the model needs a key of that name, so that it is no target."""
-        parameter = inspect.signature(self.model.forward).parameters.get(key)
-        return parameter is not None and parameter.default is parameter.empty and not self.custom
 
     def _spread(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs of ``((x1, x2), y)`` one by one, where the model takes so many."""
@@ -220,8 +244,9 @@ class Reader:
     def _checked_target(self, target: Any, number: int) -> Tensor:
         """A target as one tensor on the model's device."""
         several = (
-            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose with target= "
-            "(a key of the batch, or a function of it that returns a tensor), for one head at a time"
+            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose one by target= (a "
+            "key of the batch, or a function of it that returns a tensor), or name the target of each head by "
+            "head={'layer': key or index, ...}"
         )
         if isinstance(target, Mapping) or (
             isinstance(target, (tuple, list)) and any(isinstance(v, (Tensor, Mapping, tuple, list)) for v in target)
@@ -250,15 +275,19 @@ class Reader:
             start += batch.samples
             if not len(mine):
                 continue
-            whole = len(mine) == batch.samples
-            thinned.append(batch if whole else self.parse(select(batch.raw, mine, batch.samples), number))
+            if len(mine) == batch.samples:
+                thinned.append(batch)
+                continue
+            part = self.parse(select(batch.raw, mine, batch.samples), number)
+            targets = {name: target[mine.to(target.device)] for name, target in batch.targets.items()}
+            thinned.append(replace(part, targets={**targets, **part.targets}))
         return thinned
 
     def _joined(self, read: list[Batch]) -> tuple[Batch, ...]:
         """One batch where that gives the model what it would get from each."""
         if len(read) == 1 or self.apart:
             return tuple(read)
-        if any(batch.target is None for batch in read) and _has_sequence_first_layers(self.model):
+        if any(not batch.targets for batch in read) and _has_sequence_first_layers(self.model):
             return tuple(read)  # nothing tells whether the first dimension counts samples
         sizes = [batch.samples for batch in read]
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None) or 0
@@ -267,7 +296,11 @@ class Reader:
         except CannotConcatenate:
             return tuple(read)
         joined = self.parse(raw, 0)
-        return (joined,) if joined.samples == sum(sizes) else tuple(read)
+        if joined.samples != sum(sizes):
+            return tuple(read)
+        given = [name for name, spec in self.targets.items() if isinstance(spec, Tensor)]
+        targets = {name: torch.cat([batch.targets[name] for batch in read]) for name in given}
+        return (replace(joined, targets={**joined.targets, **targets}),)
 
     @property
     def _device(self) -> torch.device:
@@ -327,17 +360,18 @@ def _require_alike(batches: Sequence[Batch], custom: bool) -> None:
     """
     first = batches[0]
     for number, batch in enumerate(batches):
-        if (batch.target is None) != (first.target is None):
-            missing = 0 if first.target is None else number
+        if batch.targets.keys() != first.targets.keys():
+            missing = 0 if len(first.targets) < len(batch.targets) else number
             raise SylinitError(f"batches: batch {missing} has no target while others have one")
         if not custom:  # else the inputs are the affair of the user's own function
             _require_like_inputs(batch, first, number)
-        mine, other = batch.target, first.target
-        if mine is not None and other is not None and _form(mine) != _form(other):
-            raise SylinitError(
-                f"batches: the target of batch {number} is {_describe(mine)}, that of batch 0 {_describe(other)}; "
-                "all targets must be of one kind"
-            )
+        for name, mine in batch.targets.items():
+            other = first.targets[name]
+            if _form(mine) != _form(other):
+                raise SylinitError(
+                    f"batches: the target of batch {number} is {_describe(mine)}, that of batch 0 {_describe(other)}; "
+                    "all targets must be of one kind"
+                )
 
 
 def _require_like_inputs(batch: Batch, first: Batch, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The calibration set of one pass: this process's batches, and what all processes agree their targets are."""
+"""The calibration set of one pass: this process's batches, and what all processes agree on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sylinit.data.batches import Batch, Read
-from sylinit.data.targets import TargetKind, Targets, describe, encode
+from sylinit.data.goals import Goal, make_goal
+from sylinit.data.tasks import Facts, HeadShape, facts_of, infer_task, merged
 from sylinit.data.tree import tensors
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import Processes
@@ -20,79 +21,128 @@ class CalibrationSet:
 
     Attributes:
         batches: one, unless its parts cannot be concatenated.
-        kind: what the targets are, in all processes together.
-        targets: as vectors, or None where there are none.
         samples: number of samples in all processes.
         before: number of samples in processes of lower rank.
         train_size: how many samples there are to train on, as far as the data tells.
         seed: of everything random, the same in all processes.
         processes: the group.
+        ignore_index: the class index that means "no label here".
         notes: what the user should know of the data.
     """
 
     batches: tuple[Batch, ...]
-    kind: TargetKind
-    targets: Targets | None
     samples: int
     before: int
     train_size: int
     seed: int
     processes: Processes
+    ignore_index: int
     notes: tuple[str, ...]
 
-    def one_hot(self, classes: int) -> Targets:
-        """The targets of a head with ``classes`` outputs."""
-        return _encode(self.batches, TargetKind(classes=classes), self.processes, one_hot=True)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of samples by batch."""
+        return tuple(batch.samples for batch in self.batches)
 
-    def given(self, values: Tensor) -> Targets:
-        """A code given as numbers, one row for each sample of all processes in order, in the place of targets."""
+    @property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """By batch, which places of its sequences hold data."""
+        return tuple(batch.mask for batch in self.batches)
+
+    def facts(self, name: str = "") -> Facts | None:
+        """What all processes know of a target; None where there is none, or none with a value.
+
+        Args:
+            name: of the head that it is for.
+
+        Raises:
+            SylinitError: processes differ, or no target holds a value.
+        """
+        mine = [batch.targets[name] for batch in self.batches if name in batch.targets]
+        ids = [_ids(batch) for batch in self.batches]
+        found = self.processes.agree(lambda: facts_of(mine, ids, self.ignore_index) if mine else None)
+        said = [each for each in found if each is not None]
+        if not said:
+            return None
+        if len(said) < len(found):
+            raise SylinitError("batches: some processes of the group have targets and others have none")
+        whole = merged(said)
+        if not whole.known and whole.real:
+            raise SylinitError(
+                "batches: the targets hold no value, they are all missing (NaN); pass task='none' or drop them"
+            )
+        return whole if whole.known else None
+
+    def goal(self, head: HeadShape, name: str, facts: Facts, task: str, classes: int | None) -> Goal:
+        """What a head is to predict.
+
+        Args:
+            head: its outputs.
+            name: under which its targets lie.
+            facts: of these.
+            task: as the user asked for it.
+            classes: likewise.
+        """
+        found = infer_task(facts, head, task, classes)
+        targets = [batch.targets[name] for batch in self.batches]
+        return make_goal(found, targets, self.ignore_index, self.processes)
+
+    def reconstruction(self, head: HeadShape, task: str) -> Goal:
+        """The input as the target of an autoencoder."""
+        inputs = [reconstructed(batch) for batch in self.batches]
+        if any(x is None for x in inputs):
+            raise SylinitError("task='reconstruction': the batches hold no real-valued input; pass target=")
+        known = [x for x in inputs if x is not None]
+        facts = merged(self.processes.agree(lambda: facts_of(known, [None] * len(known), self.ignore_index)))
+        found = infer_task(facts, head, "reconstruction", None)
+        return make_goal(found, known, self.ignore_index, self.processes)
+
+    def given(self, values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """A code given as numbers, one row for each sample of all processes in order, and its mean."""
         if len(values) != self.samples:
             raise SylinitError(
                 f"code= as a tensor has {len(values)} rows, there are {self.samples} calibration samples"
             )
-        sizes = [batch.samples for batch in self.batches]
-        mine = values[self.before : self.before + sum(sizes)].double()
+        mine = values[self.before : self.before + sum(self.sizes)].double()
         first = self.batches[0]
         device = next((t.device for t in tensors((first.args, first.kwargs))), values.device)
-        return Targets(tuple(mine.to(device).split(sizes)), values.double().mean(0).to(device))
+        return tuple(mine.to(device).split(self.sizes)), values.double().mean(0).to(device)
 
 
-def calibration_set(read: Read, processes: Processes, seed: int) -> CalibrationSet:
-    """Agree with the other processes on what the targets are.
+def calibration_set(read: Read, processes: Processes, seed: int, ignore_index: int) -> CalibrationSet:
+    """Count the samples of all processes.
 
     Args:
         read: this process's batches.
         processes: the group.
         seed: that of the first process is used by all.
+        ignore_index: the class index that means "no label here".
     """
-    batches = read.batches
-    own = processes.agree(lambda: describe([batch.target for batch in batches if batch.target is not None]))
-    mine = own[processes.rank]
-    # A process all of whose labels are ignored says nothing about their kind; the others do.
-    silent = not mine.present and batches[0].target is not None
-    facts = (sum(batch.samples for batch in batches), None if silent else mine, seed, read.train_size)
-    agreed = processes.agree(lambda: facts)
-    said = [kind for _, kind, _, _ in agreed if kind is not None] or [mine]
-    kind = TargetKind(max(k.classes for k in said), said[0].width, all(k.soft for k in said))
-    differ = any((bool(k.classes), k.width) != (bool(kind.classes), kind.width) for k in said)
-    if differ or (kind.width and len(said) < len(agreed)):
-        raise SylinitError("batches: the targets of the processes of the group are of different kinds or widths")
+    mine = (sum(batch.samples for batch in read.batches), seed, read.train_size)
+    agreed = processes.agree(lambda: mine)
     return CalibrationSet(
-        batches=batches,
-        kind=kind,
-        targets=_encode(batches, kind, processes) if kind.present else None,
+        batches=read.batches,
         samples=sum(samples for samples, *_ in agreed),
         before=sum(samples for samples, *_ in agreed[: processes.rank]),
         train_size=sum(size for *_, size in agreed),
-        seed=agreed[0][2],
+        seed=agreed[0][1],
         processes=processes,
+        ignore_index=ignore_index,
         notes=read.notes,
     )
 
 
-def _encode(batches: tuple[Batch, ...], kind: TargetKind, processes: Processes, *, one_hot: bool = False) -> Targets:
-    vectors = tuple(encode(b.target, kind, one_hot=one_hot) for b in batches if b.target is not None)
-    known = torch.cat([v.flatten(0, -2) for v in vectors])
-    known = known[known.isfinite().all(1)]
-    sums = processes.sum_(torch.cat([known.sum(0), known.new_tensor([float(len(known))])]))
-    return Targets(vectors, sums[:-1] / sums[-1].clamp(min=1))
+def reconstructed(batch: Batch) -> Tensor | None:
+    """The input that an autoencoder would give back: the first real-valued one."""
+    real = (t for t in tensors((batch.args, batch.kwargs)) if t.is_floating_point() and t.ndim > 1)
+    return next(real, None)
+
+
+def _ids(batch: Batch) -> Tensor | None:
+    """The model's integer input: ``input_ids``, or the first of its kind."""
+    named = batch.kwargs.get("input_ids")
+    if isinstance(named, Tensor):
+        return named
+    inputs = [value for key, value in batch.kwargs.items() if not any(value is t for t in batch.targets.values())]
+    found = (t for t in tensors((batch.args, inputs)) if t.dtype in (torch.int64, torch.int32) and t.ndim == 2)
+    return next(found, None)

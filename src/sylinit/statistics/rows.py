@@ -28,12 +28,14 @@ class Known:
         mean: ``[c]``, the mean over all labeled samples of all processes: what a row without a label gets.
         masks: by batch, bool ``[samples, length]``, true where there is data; None where all of it is.
         sizes: number of samples by batch.
+        labeled_only: whether rows without any label are left out.
     """
 
     vectors: tuple[Tensor, ...] = ()
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
     masks: tuple[Tensor | None, ...] = ()
     sizes: tuple[int, ...] = ()
+    labeled_only: bool = False
 
     @property
     def width(self) -> int:
@@ -43,6 +45,21 @@ class Known:
     def filled(self, targets: Tensor) -> Tensor:
         """Targets with the mean in the place of those that are missing."""
         return torch.where(targets.isnan(), self.mean.to(targets), targets)
+
+    def kept(self, batch: int, lead: tuple[int, ...], layout: Layout | None) -> Tensor | None:
+        """The rows of a batch that hold data, and a label if that is asked for; None for all."""
+        if layout is None:
+            return None
+        mask = self.masks[batch] if self.masks else None
+        rows = None if mask is None else kept_rows(mask, lead, layout)
+        if not (self.labeled_only and self.vectors):
+            return rows
+        missing = self.vectors[batch].isnan().all(-1, keepdim=True)
+        if not bool(missing.any()):
+            return rows
+        unlabeled = targets_of_rows(missing.double(), lead, layout, rows).squeeze(1) == 1
+        labeled = (~unlabeled).nonzero().squeeze(1)
+        return labeled if rows is None else rows[labeled]
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,10 @@ class Rows:
         """Do some local work; if it fails in one process, raise in all."""
         return self.processes.together(work)
 
+    def transformed(self, rows: Tensor) -> Tensor:
+        """The rows as they are counted: here, as they are."""
+        return rows
+
     def covariance(self, dtype: torch.dtype = torch.float64) -> Covariance:
         """Stream the rows into moments, add those of the other processes, and center; ``dtype``: of `Moments.xx`."""
 
@@ -124,7 +145,7 @@ class Rows:
                 if part.shared is not None:
                     continue
                 for rows, piece in _pieces(self.view, part):
-                    sums.update(rows, None if part.targets is None else part.targets[piece])
+                    sums.update(self.transformed(rows), None if part.targets is None else part.targets[piece])
             return sums
 
         cov = self.processes.together(local).reduce(self.processes.sum_).covariance()
@@ -136,7 +157,7 @@ class Rows:
         """The rows themselves ``[g, n, d]`` and their targets ``[n, c]``, of all processes."""
 
         def local() -> tuple[Tensor, Tensor]:
-            rows = [self.view.rows(part.x, part.index).transpose(0, 1) for part in self.parts]
+            rows = [self.transformed(self.view.rows(part.x, part.index)).transpose(0, 1) for part in self.parts]
             targets = [part.row_targets(self.view) for part in self.parts if self.width]
             x = torch.cat(rows) if rows else torch.zeros(0, self.view.groups, self.view.dim, device=self.device)
             x = x if x.dtype == torch.float64 else x.float()
@@ -181,10 +202,7 @@ def collect(
     shapes = {batch: view.positions(x) for batch, x in waiting.items()}
     leads = {batch: (samples, *positions) for batch, (samples, positions) in shapes.items()}
     layouts = {batch: align(leads[batch], known.sizes[batch], layout) for batch in waiting}
-    kept: dict[int, Tensor | None] = {}
-    for batch, mask in ((batch, known.masks[batch] if known.masks else None) for batch in waiting):
-        found = layouts[batch]
-        kept[batch] = None if mask is None or found is None else kept_rows(mask, leads[batch], found)
+    kept = {batch: known.kept(batch, leads[batch], layouts[batch]) for batch in waiting}
     lengths = {b: math.prod(leads[b]) if (rows := kept[b]) is None else len(rows) for b in waiting}
     short = all(kept[batch] is None and pays(view, x) for batch, x in waiting.items())
     met = processes.agree(lambda: (sum(lengths.values()), short))

@@ -1,0 +1,138 @@
+"""Goals: the targets of one head as vectors beside each sample, and how well a model meets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sylinit.data.tasks import Task
+from sylinit.runtime.processes import Processes
+
+EMBEDDED = 512
+"""Beyond so many classes, layers before the head are told a fixed random vector of signs for each class."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a head is to predict.
+
+    Attributes:
+        task: what is asked for.
+        targets: by batch: class indices int64 ``[n, *positions]``, -1 where there is none, or values
+            ``[n, *positions, c]``, NaN where there is none.
+        vectors: by batch, ``[n, *positions, c]`` float64: what layers before the head are told; NaN where missing.
+        mean: ``[c]``, the mean of the vectors over all processes.
+        present: of class indices, the classes that occur in any process, increasing.
+    """
+
+    task: Task
+    targets: tuple[Tensor, ...]
+    vectors: tuple[Tensor, ...]
+    mean: Tensor
+    present: Tensor
+
+    def of_head(self, units: int, processes: Processes) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """The vectors that a head's outputs are fitted to, their mean, and, for wide heads, which outputs they are.
+
+        The one-hot vectors of many classes have an entry for each class that occurs only: the others would be zero.
+        """
+        if not self.task.classes:
+            return self.vectors, self.mean, None
+        classes = max(2, units)
+        chosen = None if classes <= EMBEDDED else self.present
+        columns = torch.arange(classes, device=self.present.device) if chosen is None else chosen
+        vectors = tuple(_one_hot(target, columns) for target in self.targets)
+        return vectors, _mean(vectors, processes), chosen
+
+
+def make_goal(task: Task, raw: Sequence[Tensor], ignore_index: int, processes: Processes) -> Goal:
+    """Bring targets to one form and encode them.
+
+    Args:
+        task: what is asked for.
+        raw: the targets by batch, as the user made them.
+        ignore_index: the class index that means "no label here".
+        processes: the group.
+    """
+    targets = tuple(_canonical(target, task, ignore_index) for target in raw)
+    none = torch.zeros(0, dtype=torch.long, device=raw[0].device)
+    if not task.classes:
+        vectors = tuple(target.double() for target in targets)
+        return Goal(task, targets, vectors, _mean(vectors, processes), none)
+    mine = torch.cat([target.unique() for target in targets]).unique()
+    found = processes.agree(lambda: mine[mine >= 0].tolist())
+    present = torch.tensor(sorted(set().union(*found)), dtype=torch.long, device=raw[0].device)
+    vectors = tuple(_class_vectors(target, task.classes) for target in targets)
+    return Goal(task, targets, vectors, _mean(vectors, processes), present)
+
+
+def log_prior(goal: Goal, units: int, outputs: Tensor | None, samples: int) -> Tensor:
+    """What the frequencies of the classes alone say of each logit, ``[1, k]``.
+
+    Of one-hot classes the centered ``log p``; of a single logit, and of each label, the log-odds ``log p / (1 - p)``.
+    Frequencies are smoothed by one sample.
+
+    Args:
+        goal: of a head with logits.
+        units: outputs of the head.
+        outputs: the classes that are fitted; None for all.
+        samples: of the calibration set.
+    """
+    share = (goal.mean * samples + 0.5) / (samples + 1)
+    if not goal.task.classes:
+        return (share / (1 - share)).log().unsqueeze(0)
+    if outputs is not None or goal.task.classes > EMBEDDED:
+        return goal.mean.new_zeros(1, units if outputs is None else len(outputs))
+    logs = share.log()
+    if units == 1:
+        return (logs[1] - logs[0]).view(1, 1)
+    return (logs - logs.mean()).unsqueeze(0)
+
+
+def _canonical(target: Tensor, task: Task, ignore_index: int) -> Tensor:
+    """Class indices with -1 for none, or values with NaN for none and channels last."""
+    if task.name == "next-token":
+        shifted = target.long()[:, 1:]
+        shifted = torch.nn.functional.pad(shifted, (0, 1), value=ignore_index)
+        return shifted.masked_fill(shifted == ignore_index, -1)
+    if task.classes:
+        if target.ndim == task.positions + 2:  # a dimension of size 1 for the class
+            target = target.squeeze(1 if task.channels_first else -1)
+        missing = target.isnan() if target.is_floating_point() else target == ignore_index
+        return target.nan_to_num(0).long().masked_fill(missing, -1)
+    missing = torch.zeros_like(target, dtype=torch.bool)
+    if not target.is_floating_point() and target.dtype != torch.bool:
+        missing = target == ignore_index
+    values = target.double().masked_fill(missing, math.nan)
+    if task.flat:
+        return values.flatten(1)
+    if values.ndim == task.positions + 1:
+        return values.unsqueeze(-1)
+    return values.movedim(1, -1) if task.channels_first else values
+
+
+def _one_hot(index: Tensor, columns: Tensor) -> Tensor:
+    """``[..., c]``: 1 where the class is that of the column; NaN where there is none."""
+    return (index.unsqueeze(-1) == columns).double().masked_fill((index < 0).unsqueeze(-1), math.nan)
+
+
+def _class_vectors(index: Tensor, classes: int) -> Tensor:
+    """One-hot vectors of few classes; of many, a fixed vector of signs for each."""
+    if classes <= EMBEDDED:
+        return _one_hot(index, torch.arange(classes, device=index.device))
+    source = torch.Generator().manual_seed(0)
+    table = torch.randint(0, 2, (classes, EMBEDDED), generator=source, dtype=torch.int8, device="cpu")
+    signs = 2.0 * table.to(index.device)[index.clamp(min=0)].double() - 1.0
+    return signs.masked_fill((index < 0).unsqueeze(-1), math.nan)
+
+
+def _mean(vectors: Sequence[Tensor], processes: Processes) -> Tensor:
+    """The mean of each entry over what is known of it."""
+    flat = torch.cat([vector.flatten(0, -2) for vector in vectors])
+    known = ~flat.isnan()
+    sums = processes.sum_(torch.stack([flat.nan_to_num(0).sum(0), known.double().sum(0)]))
+    return sums[0] / sums[1].clamp(min=1)

@@ -1,0 +1,86 @@
+"""What was gained: the model's actual output beside its targets, and beside what the heads' solutions promised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from torch import Tensor
+
+from sylinit.data.goals import Goal
+from sylinit.errors import warn
+from sylinit.heads import Heads, module_name
+from sylinit.layers.convolution import ConvView
+from sylinit.layers.view import LayerView
+from sylinit.score import Before, Score, constant_score, flat, score
+from sylinit.sites import Promise
+from sylinit.trace import Trace
+
+BROKEN_PROMISE = 0.05
+"""A difference in accuracy or R² between output and promise that rounding does not explain."""
+
+LONG_WEIGHTS = 10.0
+"""Weights so many times as long as PyTorch makes them are torn apart by the first steps at the usual learning rate."""
+
+
+def judge(
+    heads: Heads, trace: Trace, outputs: Mapping[int, Sequence[Tensor]], promises: Mapping[str, Promise]
+) -> tuple[Before, list[str]]:
+    """The score of the first head's output, and what the user should know of all heads.
+
+    Args:
+        heads: the heads and their goals.
+        trace: which layers made which output.
+        outputs: the tensors of the model's output, by batch.
+        promises: what each head's solution said of its predictions.
+    """
+    before, notes = Before(), []
+    for number, (view, goal) in enumerate(heads.goals.items()):
+        promise = promises.get(view.name, Promise())
+        found = _score_of(view, goal, trace, outputs)
+        if number == 0 and found is not None:
+            actual, constant = found
+            before = Before(**asdict(actual), constant=constant, cross_validated=promise.cross_validated)
+        if found is not None and promise.value is not None and found[0].value is not None:
+            difference = promise.value - found[0].value
+            if difference > BROKEN_PROMISE:
+                notes.append(_broken(view, promise.value, found[0].value))
+        if promise.weight_ratio > LONG_WEIGHTS:
+            notes.append(_long(view, promise.weight_ratio))
+    return before, notes
+
+
+def _score_of(
+    view: LayerView, goal: Goal, trace: Trace, outputs: Mapping[int, Sequence[Tensor]]
+) -> tuple[Score, Score] | None:
+    """The score of the output that a head made, and of a constant prediction; None where no output has its form."""
+    made = [i for i, out in enumerate(trace.outputs) if module_name(view) in out.made_by]
+    for place in [*made, *range(len(trace.outputs))]:
+        tensors = [parts[place] for _, parts in sorted(outputs.items()) if place < len(parts)]
+        if len(tensors) != len(goal.targets) or not all(t.is_floating_point() and t.ndim for t in tensors):
+            continue
+        found = flat(goal, tensors, channels_first=isinstance(view, ConvView))
+        if found is None or found[0].shape[1] != view.units or not len(found[1]):
+            continue
+        y, t = found
+        return score(goal, y, t), constant_score(goal, t, view.units)
+    return None
+
+
+def _broken(view: LayerView, promised: float, actual: float) -> str:
+    note = (
+        f"head {view.name!r}: its solution promised {promised:.2f} and the model's output gives {actual:.2f}; what comes "
+        "behind the head may change its outputs (averaged, permuted or scaled), or its features differ from call to call"
+    )
+    warn(note)
+    return note
+
+
+def _long(view: LayerView, ratio: float) -> str:
+    note = (
+        f"head {view.name!r}: its weights are {ratio:.0f} times as long as usual, since its features tell the targets "
+        "apart by small differences; the first training steps may tear them apart: lower Config.logit_deviation, warm "
+        "the learning rate up, or divide it by ten for this layer"
+    )
+    warn(note)
+    return note

@@ -1,0 +1,171 @@
+"""How well outputs meet their targets, before any training: of the model as it stands, and of a constant prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sylinit.data.goals import Goal
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well predictions meet targets. What has no meaning for a task is None.
+
+    Attributes:
+        accuracy: share of right classes, or, with several labels, of right labels.
+        balanced_accuracy: the mean over classes of the share that is right; over labels, of each one's two classes.
+        loss: mean cross-entropy in nats; of values, mean squared error.
+        r2: ``1 - sum (t - y)^2 / sum (t - mean t)^2``, over all values together.
+    """
+
+    accuracy: float | None = None
+    balanced_accuracy: float | None = None
+    loss: float | None = None
+    r2: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The number that tells most: accuracy, or R²."""
+        return self.r2 if self.accuracy is None else self.accuracy
+
+
+@dataclass(frozen=True)
+class Before(Score):
+    """The score of a model on its calibration data, before any training.
+
+    Attributes:
+        constant: of the best constant prediction.
+        cross_validated: of the head, each sample predicted by the head of all others, in closed form; None where that
+            is not to be had. The layers before the head have seen the sample, so it is a little too kind.
+    """
+
+    constant: Score = Score()
+    cross_validated: Score | None = None
+
+    @property
+    def constant_accuracy(self) -> float | None:
+        """Of the most frequent class or, with several labels, of the most frequent value of each."""
+        return self.constant.accuracy
+
+    def __str__(self) -> str:
+        """One line."""
+        if self.value is None:
+            return ""
+        name, unit = ("R²", "{:.2f}") if self.accuracy is None else ("accuracy", "{:.1%}")
+        extra = []
+        if self.cross_validated is not None and self.cross_validated.value is not None:
+            extra.append(f"cross-validated {unit.format(self.cross_validated.value)}")
+        if self.constant.value is not None:
+            extra.append(f"a constant prediction {unit.format(self.constant.value)}")
+        rest = f" ({', '.join(extra)})" if extra else ""
+        balanced = self.balanced_accuracy
+        balance = "" if balanced is None else f", balanced {balanced:.1%}"
+        return f"before training: {name} {unit.format(self.value)}{balance}{rest}, loss {self.loss:.3g}"
+
+
+def flat(goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool) -> tuple[Tensor, Tensor] | None:
+    """Outputs ``[n, k]`` and targets ``[n]`` or ``[n, c]`` of all places with a target; None where shapes do not fit.
+
+    Args:
+        goal: what was to be predicted.
+        outputs: of the model, by batch.
+        channels_first: whether units lie behind the samples.
+    """
+    rows, wanted = [], []
+    for output, target in zip(outputs, goal.targets, strict=True):
+        y = output.movedim(1, -1) if channels_first and output.ndim > 2 else output
+        lead = target.shape if goal.task.classes else target.shape[:-1]
+        if y.ndim == len(lead):
+            y = y.unsqueeze(-1)
+        if goal.task.flat:
+            y = output.flatten(1)
+        if y.shape[:-1] != lead:
+            return None
+        t = target.flatten() if goal.task.classes else target.flatten(0, -2)
+        known = t >= 0 if goal.task.classes else ~t.isnan().all(-1)
+        rows.append(y.flatten(0, -2)[known].double())
+        wanted.append(t[known])
+    return torch.cat(rows), torch.cat(wanted)
+
+
+def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
+    """The score of outputs.
+
+    Args:
+        goal: what was to be predicted.
+        y: ``[n, k]`` outputs.
+        t: ``[n]`` class indices, or ``[n, c]`` values, NaN where missing.
+    """
+    task = goal.task
+    if not len(t):
+        return Score()
+    if task.classes and y.shape[1] == 1:
+        guess = (y[:, 0] > 0).long()
+        loss = F.binary_cross_entropy_with_logits(y[:, 0], t.double())
+        return Score(_mean(guess == t), _balanced(guess, t), float(loss))
+    if task.classes:
+        guess = y.argmax(1)
+        return Score(_mean(guess == t), _balanced(guess, t), float(F.cross_entropy(y, t)))
+    known = ~t.isnan()
+    if task.name == "multilabel":
+        right = ((y > 0) == (t > 0.5))[known]
+        loss = F.binary_cross_entropy_with_logits(y[known], t[known])
+        each = [_balanced((y[k, i] > 0).long(), t[k, i].long()) for i, k in enumerate(known.T)]
+        return Score(_mean(right), sum(each) / len(each), float(loss))
+    if task.name == "multiclass":  # shares of classes
+        guess, best = y.argmax(1), t.argmax(1)
+        return Score(_mean(guess == best), _balanced(guess, best), float(F.cross_entropy(y, t)))
+    if task.name == "binary":
+        guess, label = (y[:, 0] > 0).long(), t[:, 0].long()
+        loss = F.binary_cross_entropy_with_logits(y[:, 0], t[:, 0])
+        return Score(_mean(guess == label), _balanced(guess, label), float(loss))
+    mean = torch.where(known, t, 0).sum(0) / known.sum(0).clamp(min=1)
+    error = (y - t)[known].square()
+    total = (t - mean)[known].square().sum()
+    return Score(loss=float(error.mean()), r2=float(1 - error.sum() / total) if float(total) > 0 else None)
+
+
+def fitted_score(goal: Goal, y: Tensor, t: Tensor) -> Score:
+    """The score of a head's outputs on the vectors that it was fitted to.
+
+    Args:
+        goal: what was to be predicted.
+        y: ``[n, k]`` outputs.
+        t: ``[n, c]``: one-hot vectors of classes, or values.
+    """
+    return score(goal, y, t.argmax(1) if goal.task.classes else t)
+
+
+def constant_score(goal: Goal, t: Tensor, outputs: int) -> Score:
+    """The score of the best constant prediction: the frequencies of the classes, or the mean."""
+    if not len(t):
+        return Score()
+    if goal.task.classes:
+        share = torch.bincount(t, minlength=max(2, outputs)).double() / len(t)
+        logits = share.clamp(min=1e-12).log()
+        y = (logits[1] - logits[0]).view(1, 1) if outputs == 1 else logits.unsqueeze(0)
+        return score(goal, y.expand(len(t), -1), t)
+    mean = t.nanmean(0)
+    if goal.task.name in ("multilabel", "binary"):
+        share = mean.clamp(1e-12, 1 - 1e-12)
+        mean = (share / (1 - share)).log()
+    elif goal.task.name == "multiclass":
+        mean = mean.clamp(min=1e-12).log()
+    return score(goal, mean.expand_as(t), t)
+
+
+def _mean(right: Tensor) -> float:
+    return float(right.double().mean()) if right.numel() else float("nan")
+
+
+def _balanced(guess: Tensor, label: Tensor) -> float:
+    """The mean over the classes that occur of the share of each that is right."""
+    classes, place, count = label.unique(return_inverse=True, return_counts=True)
+    right = torch.zeros(len(classes), dtype=torch.float64, device=label.device)
+    right.index_add_(0, place, (guess == label).double())
+    return float((right / count).mean()) if len(classes) else float("nan")
