@@ -57,6 +57,7 @@ def test_parquet_is_read_normalized_and_cached(tmp_path: Path) -> None:
     for _ in range(2):  # decoded, then from the cache
         data = load(str(tmp_path / "d"))
         load.cache_clear()
+        assert data.train_x.is_contiguous()  # in both: results round as the layout says
         assert data.classes == 3
         assert data.train_y.tolist() == [0, 1, 2] * 3
         assert data.test_y.tolist() == [0, 1] * 3

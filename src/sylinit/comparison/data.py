@@ -339,7 +339,8 @@ def _images(part: Any, *, column: str, source: str) -> Tensor:
             f"--data {source}: images of {len(shapes)} shapes, such as "
             f"{' and '.join(map(str, sorted(shapes)[:2]))}; resize them to one"
         )
-    return torch.from_numpy(np.stack(pictures))
+    # as the cache gives it back: in another layout, sums would round otherwise
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pictures)))
 
 
 def _table(part: Any, *, label: str, source: str) -> Tensor:
