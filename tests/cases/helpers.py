@@ -184,12 +184,13 @@ def attempt(
     return outcome
 
 
-def served(model: nn.Module, batches: Iterable[Any], **options: Any) -> Outcome:
-    """The call succeeds and changes nothing but weights and running statistics."""
+def served(model: nn.Module, batches: Iterable[Any], *, computes: bool = True, **options: Any) -> Outcome:
+    """The call succeeds, computes something unless told otherwise, and changes only weights and running statistics."""
     outcome = attempt(model, batches, **options)
     if outcome.error is not None:
         raise outcome.error
     assert outcome.changed_besides_results == []
+    assert outcome.changed or not computes, "nothing was computed"
     return outcome
 
 
@@ -259,8 +260,66 @@ def served_or_refused(
         check_refusal(outcome, names, remedies)
         return outcome
     assert outcome.changed_besides_results == []
+    assert outcome.changed, "nothing was computed"
     if equal:
         same_weights(model, undisturbed)
     reference = score(undisturbed)
     assert score(model) >= reference - 0.02, f"{score(model)} instead of {reference}"
     return outcome
+
+
+class Bag(dict):
+    """A mapping with attributes, as Transformers' ``BatchEncoding``."""
+
+    __getattr__ = dict.__getitem__
+
+
+def features_into(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """What reaches the layer ``name`` when the model is called; the calls of a shared layer one below the other."""
+    met: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: met.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(*args, **kwargs)
+    hook.remove()
+    return torch.cat(met)
+
+
+def ridge(features: Tensor, targets: Tensor) -> Tensor:
+    """Predictions ``[n, c]`` of a ridge regression of ``targets`` on ``features`` ``[n, d]``, both centered inside.
+
+    Its penalty has the least generalized cross-validation error of a grid (Golub, Heath and Wahba 1979).
+    """
+    x, t = features.double() - features.double().mean(0), targets.double()
+    left, values, _ = torch.linalg.svd(x, full_matrices=False)
+    inside = left.T @ (t - t.mean(0))
+
+    def predict(penalty: Tensor) -> tuple[Tensor, Tensor]:
+        share = values.square() / (values.square() + penalty)
+        prediction = left @ (share[:, None] * inside) + t.mean(0)
+        return prediction, (prediction - t).square().sum() / (len(x) - 1 - share.sum()).square()
+
+    grid = values[0].square() * torch.logspace(-9, 1, 41, dtype=torch.double)
+    return min((predict(penalty) for penalty in grid), key=lambda each: each[1].item())[0]
+
+
+def readout_accuracy(features: Tensor, y: Tensor) -> float:
+    """In-sample accuracy of a ridge regression on class indicators."""
+    return accuracy(ridge(features, torch.nn.functional.one_hot(y)), y)
+
+
+def label_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of 0/1 labels on whose side of zero the logits lie; NaN labels do not count."""
+    known = ~labels.double().isnan()
+    return ((logits > 0) == (labels > 0.5))[known].float().mean().item()
+
+
+def r_squared(prediction: Tensor, target: Tensor) -> float:
+    """1 - squared error / variance, over the targets that are not NaN."""
+    known = ~target.isnan()
+    p, t = prediction[known].double(), target[known].double()
+    return 1 - ((p - t).square().sum() / (t - t.mean()).square().sum()).item()
+
+
+def balanced_accuracy(guess: Tensor, y: Tensor) -> float:
+    """Mean over the classes of the share of them that is found."""
+    return sum((guess[y == c] == c).float().mean().item() for c in y.unique()) / len(y.unique())
