@@ -87,6 +87,7 @@ class Reader:
         """
         _require_iterable(batches)
         in_memory = isinstance(batches, (list, tuple))
+        _require_no_pair(batches)
         read: list[Batch] = []
         cut = False
         for raw in batches:
@@ -232,7 +233,7 @@ class Reader:
                 isinstance(value, str) or (isinstance(value, (tuple, list)) and value and isinstance(value[0], str))
             ):
                 raise SylinitError(
-                    f"batches: {name!r} of batch {number} holds text; turn it into tensors first (a tokenizer, an "
+                    f"batches: {name!r} of batch {number} holds strings; turn them into tensors first (a tokenizer, an "
                     "encoder), or pass forward=lambda model, batch: ..."
                 )
         if not inputs:
@@ -338,6 +339,25 @@ def _require_iterable(batches: Any) -> None:
         raise SylinitError("batches: got a Dataset; pass torch.utils.data.DataLoader(dataset, batch_size=...)")
     if not isinstance(batches, Iterable):
         raise SylinitError(f"batches: expected an iterable of batches, got {type(batches).__name__}; pass [(x, y)]")
+
+
+def _require_no_pair(batches: Any) -> None:
+    """Refuse ``(X, Y)`` and arrays in the place of a list of batches, and data sets that stream single samples."""
+    arrays = (
+        [part for part in batches if isinstance(part, Tensor) or hasattr(part, "__array_interface__")]
+        if (isinstance(batches, (tuple, list)) and len(batches) == 2)
+        else []
+    )
+    if len(arrays) == 2 and len(arrays[0].shape) > len(arrays[1].shape) > 0 and len(arrays[0]) == len(arrays[1]):
+        raise SylinitError(
+            "batches: expected an iterable of batches, got a pair of inputs and targets; pass [(x, y)], or a DataLoader"
+        )
+    if hasattr(batches, "__array_interface__") and not isinstance(batches, Tensor):
+        raise SylinitError("batches: expected an iterable of batches, got a numpy array; pass [x] or [(x, y)]")
+    if isinstance(batches, torch.utils.data.IterableDataset):
+        raise SylinitError(
+            "batches: got a Dataset of single samples; pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+        )
 
 
 def _has_sequence_first_layers(model: nn.Module) -> bool:

@@ -235,6 +235,12 @@ def _checked(task: Task, facts: Facts, head: HeadShape, classes: int | None) -> 
         SylinitError: a label out of range, or another width.
     """
     units = head.units
+    if task.classes and task.positions and not head.positions and head.name:
+        raise SylinitError(
+            f"batches: the targets have {task.positions} dimension{'s' if task.positions > 1 else ''} of positions "
+            f"({', '.join(map(str, facts.shape))}), and the head {head.name!r} gives one output for each sample; name the "
+            "layer that gives one for each position by head=, or pass one target a sample"
+        )
     if classes is not None and task.classes and classes != units and not (classes == 2 and units == 1):
         raise SylinitError(
             f"classes={classes}: the head {head.name!r} has {units} outputs; give the model a head of {classes} outputs, "

@@ -28,6 +28,11 @@ class Processes:
     """
 
     def __init__(self, group: Any = None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise SylinitError(
+                f"group must be a torch.distributed process group or None, got {group!r}; pass "
+                "torch.distributed.group.WORLD for all processes"
+            )
         self._group = group
         self._held: Held | None = None
         self.size = dist.get_world_size(group) if group is not None else 1

@@ -26,6 +26,7 @@ class Known:
     Attributes:
         vectors: targets by batch, ``[samples, *positions, c]``, NaN where there is none; empty without targets.
         mean: ``[c]``, the mean over all labeled samples of all processes: what a row without a label gets.
+        share: ``[c]``, in which share of the labeled places each entry is known.
         masks: by batch, bool ``[samples, length]``, true where there is data; None where all of it is.
         sizes: number of samples by batch.
         labeled_only: whether rows without any label are left out.
@@ -33,6 +34,7 @@ class Known:
 
     vectors: tuple[Tensor, ...] = ()
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    share: Tensor = field(default_factory=lambda: torch.ones(()))
     masks: tuple[Tensor | None, ...] = ()
     sizes: tuple[int, ...] = ()
     labeled_only: bool = False
@@ -43,8 +45,14 @@ class Known:
         return len(self.mean) if self.vectors else 0
 
     def filled(self, targets: Tensor) -> Tensor:
-        """Targets with the mean in the place of those that are missing."""
-        return torch.where(targets.isnan(), self.mean.to(targets), targets)
+        """Targets with the mean in the place of those that are missing.
+
+        What is known then counts for what is not: its deviations are divided by its share, so that the covariance with
+        the rows is that of complete targets.
+        """
+        mean, missing = self.mean.to(targets), targets.isnan()
+        complete = mean + (targets - mean) / self.share.to(targets).clamp(min=1e-9)
+        return torch.where(missing, mean, complete if self.labeled_only else targets)
 
     def kept(self, batch: int, lead: tuple[int, ...], layout: Layout | None) -> Tensor | None:
         """The rows of a batch that hold data, and a label if that is asked for; None for all."""
