@@ -59,7 +59,7 @@ def solve_in_axes(
     encoding_weight = problem.encoding_weight(config)
     if encoding_weight is None:
         a, u = robust_eigh(gram)
-        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count)
+        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count, config.chunk)
     weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross, span)
     return weight, encoding_weight
 
