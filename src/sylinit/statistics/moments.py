@@ -68,13 +68,14 @@ class Moments:
         )
 
     @torch.no_grad()
-    def update(self, rows: Tensor, targets: Tensor | None = None) -> Moments:
+    def update(self, rows: Tensor, targets: Tensor | None = None, chunk: int = CHUNK) -> Moments:
         """Add rows ``[g, n, d]`` and their targets ``[n, c]``.
 
-        Exact to the rounding of ``xx``'s dtype however the rows are cut into calls.
+        Exact to the rounding of ``xx``'s dtype however the rows are cut into calls, and these into chunks of so many
+        numbers.
         """
         _, count, dim = rows.shape
-        step = max(1, CHUNK // max(1, rows.shape[0] * dim))
+        step = max(1, chunk // max(1, rows.shape[0] * dim))
         for start in range(0, count, step):
             x = rows[:, start : start + step].to(self.xx.dtype)
             t = x.new_zeros(x.shape[1], 0) if targets is None else targets[start : start + step].to(x)

@@ -15,7 +15,7 @@ from sylinit.errors import SylinitError
 from sylinit.layers.views import ConvView, View
 from sylinit.runtime.processes import Processes
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
-from sylinit.statistics.patch_moments import patch_moments, pays, share_for_all
+from sylinit.statistics.patch_moments import equal_cost_share, patch_moments, serves
 
 T = TypeVar("T")
 
@@ -153,14 +153,14 @@ def gather(
     """
     shapes = {lane: view.positions(x) for lane, x in waiting.items()}
     lengths = {lane: samples * math.prod(positions) for lane, (samples, positions) in shapes.items()}
-    met = processes.agree(lambda: (sum(lengths.values()), all(pays(view, x) for x in waiting.values())))
+    met = processes.agree(lambda: (sum(lengths.values()), all(serves(view, x) for x in waiting.values())))
     counts = [count for count, _ in met]
     total = sum(counts)
     if total < 2:
         raise SylinitError(
             f"layer {name!r} has met {total} row of input; a layer is computed from at least 2: pass more samples"
         )
-    short_way = share_for_all(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
+    short_way = equal_cost_share(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
     index = sample_index(total, budget(total, short_way), generator)
     start = sum(counts[: processes.rank])
     parts = []
