@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class Covariance:
         """A weight ``[g, k, r]`` on the axes of `basis` as one on the rows themselves, ``[g, k, d]``."""
         return weight if self.basis is None else weight @ self.basis.mT
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """Mean variance of a coordinate of ``x``, ``tr(xx) / d``, shape ``[g]``: the square of ``x``'s RMS."""
         return self.xx.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) / self.dim
