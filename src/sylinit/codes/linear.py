@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ from sylinit.codes.registry import CODES, Code, register_code
 from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.linalg.eigh import robust_eigh
-from sylinit.linalg.orthogonal import orthogonal_rows
+from sylinit.linalg.orthogonal import orthogonal_rows, orthonormal
 from sylinit.statistics.axes import Axes
 
 
@@ -127,12 +128,10 @@ def target_units(space: TargetSpace, count: int, generator: torch.Generator) -> 
     kept, rank = space.directions, space.rank
     if not rank or not count:
         return kept.new_zeros(count, len(kept))
-    blocks = []
-    for start in range(0, count, rank):
-        draw = torch.randn(len(kept), rank, dtype=torch.float64, generator=generator).to(kept)
-        q, r = torch.linalg.qr(kept @ (kept.T @ draw))
-        blocks.append((q * r.diagonal().sign()).T[: count - start])
-    return torch.cat(blocks) @ ((kept / space.deviations) @ kept.T)
+    size = min(count, rank)
+    draw = torch.randn(math.ceil(count / size), len(kept), size, dtype=torch.float64, generator=generator).to(kept)
+    blocks = orthonormal(kept @ (kept.T @ draw))
+    return blocks.mT.flatten(0, 1)[:count] @ ((kept / space.deviations) @ kept.T)
 
 
 def few_directions(
