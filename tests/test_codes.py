@@ -15,7 +15,7 @@ import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit.codes import CODES
 from sylinit.codes.fitted import fill
-from sylinit.codes.linear import linear_code, target_units
+from sylinit.codes.linear import linear_code, target_space, target_units
 from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.linalg.orthogonal import orthogonal_rows
@@ -396,8 +396,8 @@ def test_label_directions_of_balanced_classes_do_not_depend_on_rounding():
     noise = 1e-15 * torch.randn(classes, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = []
     for covariance in (tt, tt + noise + noise.T):
-        axes = Axes(torch.eye(3)[None], torch.ones(1, 3).double(), torch.zeros(1, 3, classes).double(), covariance)
-        found.append(target_units(axes, 10, torch.Generator().manual_seed(0), Config().null_variance))
+        space = target_space(covariance, Config().null_variance)
+        found.append(target_units(space, 10, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
     code = found[0][: classes - 1] @ tt @ found[0][: classes - 1].T
     torch.testing.assert_close(code, torch.eye(classes - 1, dtype=torch.float64), rtol=0, atol=1e-9)

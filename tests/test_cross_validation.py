@@ -88,6 +88,15 @@ def test_the_fewer_and_noisier_the_rows_the_more_a_head_shrinks():
     assert few < many
 
 
+def test_the_number_of_weights_that_are_compared_at_once_does_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    a, variances = torch.rand(2, 4, generator=generator).double(), torch.rand(2, 6, generator=generator).double()
+    variances[:, -1] = 0
+    cross = torch.randn(2, 4, 6, generator=generator).double() * variances.unsqueeze(1) / 3
+    chosen = {least_error_weight(a, variances, cross, torch.tensor(30.0), chunk) for chunk in (1, 100, 1 << 22)}
+    assert len(chosen) == 1
+
+
 def test_constant_rows_choose_something():
     zero = torch.zeros(1, 3, dtype=torch.float64)
     assert least_error_weight(zero, zero, torch.zeros(1, 3, 3).double(), torch.tensor(5.0)) in WEIGHTS.tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,13 +69,14 @@ class Moments:
         )
 
     @torch.no_grad()
-    def update(self, rows: Tensor, targets: Tensor | None = None) -> Moments:
+    def update(self, rows: Tensor, targets: Tensor | None = None, chunk: int = CHUNK) -> Moments:
         """Add rows ``[g, n, d]`` and their targets ``[n, c]``.
 
-        Exact to the rounding of ``xx``'s dtype however the rows are cut into calls.
+        Exact to the rounding of ``xx``'s dtype however the rows are cut into calls, and these into chunks of so many
+        numbers.
         """
         _, count, dim = rows.shape
-        step = max(1, CHUNK // max(1, rows.shape[0] * dim))
+        step = max(1, chunk // max(1, rows.shape[0] * dim))
         for start in range(0, count, step):
             x = rows[:, start : start + step].to(self.xx.dtype)
             t = x.new_zeros(x.shape[1], 0) if targets is None else targets[start : start + step].to(x)
@@ -153,7 +155,7 @@ class Covariance:
         """A weight ``[g, k, r]`` on the axes of `basis` as one on the rows themselves, ``[g, k, d]``."""
         return weight if self.basis is None else weight @ self.basis.mT
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """Mean variance of a coordinate of ``x``, ``tr(xx) / d``, shape ``[g]``: the square of ``x``'s RMS."""
         return self.xx.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) / self.dim

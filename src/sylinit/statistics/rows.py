@@ -16,7 +16,7 @@ from sylinit.layers.view import LayerView
 from sylinit.runtime.processes import Processes
 from sylinit.statistics.alignment import Layout, align, kept_rows, targets_of_rows
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
-from sylinit.statistics.patch_moments import patch_moments, pays, share_for_all
+from sylinit.statistics.patch_moments import equal_cost_share, patch_moments, serves
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,13 @@ def collect(
     layouts = {batch: align(leads[batch], known.sizes[batch], layout) for batch in waiting}
     kept = {batch: known.kept(batch, leads[batch], layouts[batch]) for batch in waiting}
     lengths = {b: math.prod(leads[b]) if (rows := kept[b]) is None else len(rows) for b in waiting}
-    short = all(kept[batch] is None and pays(view, x) for batch, x in waiting.items())
+    short = all(kept[batch] is None and serves(view, x) for batch, x in waiting.items())
     met = processes.agree(lambda: (sum(lengths.values()), short))
     counts = [count for count, _ in met]
     total = sum(counts)
     if total < 2:
         return None
-    share = share_for_all(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
+    share = equal_cost_share(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
     index = sample_index(total, budget(total, share), generator)
     start = sum(counts[: processes.rank])
     parts = []
