@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sylinit.codes import HEAD
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
 from sylinit.data.calibration import calibration_set
@@ -23,8 +24,9 @@ from sylinit.errors import SylinitError
 from sylinit.inventory import Inventory, take_inventory
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
+from sylinit.layers.registry import is_stock
 from sylinit.plan import Plan, Wish, make_plan
-from sylinit.report import LayerReport, Report
+from sylinit.report import ROOT, LayerReport, Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.offload import Offload
@@ -171,7 +173,8 @@ def _trial(
         def call(raw: Any) -> Any:
             return _call(model, reader.parse(raw), forward)
 
-        return trace(model, candidates, call, part.raw, part.samples, transaction.rewind, follow_samples=follow)
+        with _checked_inputs(inventory):
+            return trace(model, candidates, call, part.raw, part.samples, transaction.rewind, follow_samples=follow)
 
     def local() -> Trace:
         few = some_samples(batch, reader, SAMPLES)
@@ -184,6 +187,29 @@ def _trial(
             return on(batch)
 
     return processes.agree(local)[0]
+
+
+@contextmanager
+def _checked_inputs(inventory: Inventory) -> Iterator[None]:
+    """Refuse, by the layer's name, what the forward of a layer of PyTorch's own would refuse."""
+    sites: list[Site] = [NormalizationSite(name or ROOT, norm) for name, norm in inventory.norms.items()]
+    for candidate in inventory.candidates:
+        if is_stock(candidate.module):  # what another computes, and from what, is to be seen
+            sites += [MatrixSite(view, HEAD, "units") for view in candidate.hypotheses[0]]
+
+    def looking(site: Site) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            site.input(args, kwargs)
+
+        return look
+
+    ahead = [site for site in sites if not site.behind]
+    hooks = [site.module.register_forward_pre_hook(looking(site), with_kwargs=True) for site in ahead]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Pass:
