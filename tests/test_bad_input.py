@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
+from sylinit.config import Config
 from sylinit.errors import SylinitError
 
 
@@ -222,7 +223,7 @@ def test_a_code_function_that_returns_nan():
 
 
 def test_a_code_function_that_asks_for_something_unknown():
-    refused(small_mlp(), [(X, Y)], "layer '0'", "colour", code=lambda x, colour: x)
+    refused(small_mlp(), [(X, Y)], "layer '0'", "color", code=lambda x, color: x)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -240,7 +241,7 @@ def test_a_meta_parameter():
     refused(model, [(X, Y)], "layer '2' is on the meta device", "to_empty")
     with torch.device("meta"):
         model = small_resnet()
-    refused(model, [images()], "layer '0' is on the meta device", "materialise")
+    refused(model, [images()], "layer '0' is on the meta device", "materialize")
 
 
 class Integers(nn.Module):
@@ -255,22 +256,22 @@ class Integers(nn.Module):
         return x @ self.weight.to(x).T * self.scale
 
 
-def test_an_integer_quantised_layer():
+def test_an_integer_quantized_layer():
     model = small_mlp()
     model[2] = Integers()
-    refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising", "layers=")
+    refused(model, [(X, Y)], "layer '2'", "quantized", "before quantizing", "layers=")
     report = sylinit.initialize_(model, [(X, Y)], layers=["0", "4"])
     assert {layer.name for layer in report.initialized} == {"0", "4"}
     assert report["2"].action == "left alone"
 
 
-def test_a_dynamically_quantised_layer():
+def test_a_dynamically_quantized_layer():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantised = pytest.importorskip("torch.ao.nn.quantized.dynamic")
+        quantized = pytest.importorskip("torch.ao.nn.quantized.dynamic")
         model = small_mlp()
-        model[2] = quantised.Linear(16, 8)
-    refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising")
+        model[2] = quantized.Linear(16, 8)
+    refused(model, [(X, Y)], "layer '2'", "quantized", "before quantizing")
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(8), nn.LazyConv2d(6, 3), nn.LazyBatchNorm1d()])
@@ -284,11 +285,11 @@ def test_lazy_modules(lazy):
     "model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(12), nn.BatchNorm1d(12), nn.Embedding(5, 3)]
 )
 def test_a_model_without_any_layer(model):
-    refused(model, [(X, Y)], "no layer to initialise")
+    refused(model, [(X, Y)], "no layer to initialize")
 
 
 def test_a_layer_of_complex_numbers_alone():
-    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), [(X, Y)], "no layer to initialise", "real|complex")
+    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), [(X, Y)], "no layer to initialize", "real|complex")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 3e4])
@@ -296,7 +297,7 @@ def test_constant_inputs_are_left_as_they_were_and_the_report_says_so(value):
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     before = [p.detach().clone() for p in model.parameters()]
     for rows in (None, "all", 5):
-        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], rows=rows)
+        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], config=Config(rows=rows))
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert "constant" in report["0"].reason
         assert "left alone: 0" in str(report)

@@ -42,8 +42,8 @@ def test_the_cut_into_batches_does_not_matter(sizes, rows):
     whole = small_resnet().double()
     cut = copy.deepcopy(whole)
     x = x.double()
-    sylinit.initialize_(whole, [(x, y)], rows=rows)
-    sylinit.initialize_(cut, zip(x.split(sizes), y.split(sizes), strict=True), rows=rows)
+    sylinit.initialize_(whole, [(x, y)], config=Config(rows=rows))
+    sylinit.initialize_(cut, zip(x.split(sizes), y.split(sizes), strict=True), config=Config(rows=rows))
     assert torch.allclose(weights(whole), weights(cut), rtol=1e-7, atol=1e-8)
 
 
@@ -52,7 +52,7 @@ def test_a_rerun_gives_the_same_bits_and_the_seed_matters():
 
     def run(seed):
         model = small_resnet()
-        sylinit.initialize_(model, [(x, y)], rows=100, generator=torch.Generator().manual_seed(seed))
+        sylinit.initialize_(model, [(x, y)], config=Config(rows=100), generator=torch.Generator().manual_seed(seed))
         return weights(model)
 
     assert torch.equal(run(1), run(1))
@@ -85,7 +85,7 @@ def test_units_have_unit_variance_and_zero_mean_and_logits_are_small():
     assert float(logits.detach().std(correction=0)) == pytest.approx(Config().logit_deviation, rel=1e-3)
 
 
-def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same():
+def test_a_fresh_normalization_starts_at_half_scale_and_the_function_is_the_same():
     x, y = images()
     half, whole = small_resnet(), small_resnet()
     whole.load_state_dict(half.state_dict())
@@ -96,12 +96,12 @@ def test_a_fresh_normalisation_starts_at_half_scale_and_the_function_is_the_same
     for norm in norms:
         assert torch.equal(norm.weight, torch.full_like(norm.weight, Config().norm_scale))
         assert torch.equal(norm.bias, torch.full_like(norm.bias, Config().norm_offset * Config().norm_scale))
-    assert torch.allclose(half.eval()(x), whole.eval()(x), atol=1e-2)  # up to the eps of the normalisations
+    assert torch.allclose(half.eval()(x), whole.eval()(x), atol=1e-2)  # up to the eps of the normalizations
     reasons = [layer.reason for layer in report.layers if layer.action == "recalibrated"]
     assert reasons == ["running statistics, weight 0.5, bias 0.25"] * len(norms)
 
 
-def test_with_many_training_samples_normalisations_are_as_pytorch_makes_them_and_filters_of_unit_variance():
+def test_with_many_training_samples_normalizations_are_as_pytorch_makes_them_and_filters_of_unit_variance():
     x, y = images()
     model, fewer, by_default = small_resnet(), small_resnet(), small_resnet()
     report = sylinit.initialize_(model, [(x, y)], train_size=Config().few_samples)
@@ -115,7 +115,7 @@ def test_with_many_training_samples_normalisations_are_as_pytorch_makes_them_and
         assert torch.equal(norm.weight, torch.ones_like(norm.weight))
         assert torch.equal(norm.bias, torch.zeros_like(norm.bias))
     assert {layer.reason for layer in report.layers if layer.action == "recalibrated"} == {"running statistics"}
-    # The unit's variance is what the normalisation reads; the floor holds some below it.
+    # The unit's variance is what the normalization reads; the floor holds some below it.
     variance = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_var
     assert float(variance.max()) < 1.05
     assert float((variance > 0.95).float().mean()) > 0.7
@@ -125,7 +125,7 @@ def test_with_many_training_samples_normalisations_are_as_pytorch_makes_them_and
 
 
 @pytest.mark.parametrize("started", ["trained", "at zero", "frozen", "not selected"])
-def test_a_normalisation_that_is_not_fresh_keeps_its_scale(started):
+def test_a_normalization_that_is_not_fresh_keeps_its_scale(started):
     x, y = images()
     model = small_resnet()
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -194,7 +194,7 @@ def test_codes_fitted_on_rows_read_at_most_20000(rows, read):
         return x[:, :units]
 
     counts = []
-    sylinit.initialize_(nn.Linear(4, 3), [torch.randn(30_000, 4)], code=code, rows=rows)
+    sylinit.initialize_(nn.Linear(4, 3), [torch.randn(30_000, 4)], code=code, config=Config(rows=rows), samples=30_000)
     assert counts == [read]
 
 
@@ -354,7 +354,7 @@ def test_a_layer_tied_to_a_parameter_of_the_model_itself_is_left_alone():
     assert torch.equal(model.table, before)
 
 
-def test_an_integer_parameter_of_the_model_itself_is_no_quantised_layer():
+def test_an_integer_parameter_of_the_model_itself_is_no_quantized_layer():
     class Ordered(nn.Sequential):
         def __init__(self):
             super().__init__(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -397,7 +397,7 @@ def test_a_selected_layer_does_not_change_one_that_is_tied_to_it():
     assert torch.equal(before, model[0].weight)
 
 
-def test_filters_that_feed_a_normalisation_have_the_length_of_hes_start():
+def test_filters_that_feed_a_normalization_have_the_length_of_hes_start():
     model = small_resnet()
     sylinit.initialize_(model, [images()], code=sylinit.mixed(0.25))
     for conv in (model[3].conv1, model[3].conv2):
@@ -571,7 +571,7 @@ def test_transformer_encoder_layers_are_reached_inside_the_fast_path():
     x, y = torch.randn(40, 5, 16), torch.arange(40) % 3
     report = sylinit.initialize_(model, [(x, y)])
     assert len(report.initialized) == 2 * (4 + 2) + 1
-    assert not [layer for layer in report.left_alone if "normalisation" not in layer.reason]
+    assert not [layer for layer in report.left_alone if "normalization" not in layer.reason]
 
 
 class Attention(nn.Module):
@@ -601,10 +601,10 @@ def test_attention_is_computed_once_for_its_projection_and_its_output(batch_firs
     x, y = torch.randn(40, 5, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64), torch.arange(40) % 3
     model = Attention(batch_first, mask)
     whole = copy.deepcopy(model)
-    sylinit.initialize_(whole, [(x, y)], rows="all")
+    sylinit.initialize_(whole, [(x, y)], config=Config(rows="all"))
     attend, calls = torch.nn.functional.softmax, []
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda *a, **k: calls.append(1) or attend(*a, **k))
-    sylinit.initialize_(model, list(zip(x.split(15), y.split(15), strict=True)), rows="all")
+    sylinit.initialize_(model, list(zip(x.split(15), y.split(15), strict=True)), config=Config(rows="all"))
     assert len(calls) == 3
     assert torch.allclose(weights(model), weights(whole), atol=1e-8)
     met = torch.cat(model.met)
