@@ -130,6 +130,7 @@ def initialize_(
                 data = calibration_set(read, processes, seed)
                 inventory = processes.together(lambda: take_inventory(model))
                 model.eval()
+                torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, forward)
                     plan = processes.together(lambda: make_plan(model, inventory, seen, wish, data, config))
@@ -255,7 +256,6 @@ class _Pass:
                 if isinstance(view, AttentionOutputView):
                     behind = self._behind(number, view)  # before the user's hooks, which expect the real output
                     self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
-        torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
 
         def run(number: int) -> None:
             with self.offload.lane(number) if self.offload else nullcontext():
