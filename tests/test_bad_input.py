@@ -47,7 +47,8 @@ X, Y = vectors()
         (None, ["got NoneType"]),
         ([()], ["batch 0 is an empty tuple"]),
         ([{}], ["batch 0 holds no tensor"]),
-        ([("a", "b")], ["batch 0 holds no tensor", "forward="]),
+        ([("a", "b")], ["'input 0' of batch 0 holds text", "tokenizer", "forward="]),
+        ([{"text": ["a", "b"], "labels": Y[:2]}], ["'text' of batch 0 holds text", "forward="]),
         ([None], ["batch 0 holds no tensor"]),
         ([(X, Y), (X[:0], Y[:0])], ["batch 1 is empty", r"\[0, 12\]", "drop it"]),
         ([(X[:0], Y[:0])], ["batch 0 is empty"]),
@@ -59,7 +60,6 @@ X, Y = vectors()
         ([(X, Y), (X, Y.double())], ["target of batch 1", "one kind"]),
         ([(X, X[:, :3]), (X, X[:, :4])], ["target of batch 1", r"\[60, 4\]", r"\[60, 3\]", "one kind"]),
         ([(X.expand(6, 60, 12), Y)], ["6 samples", "forward=lambda model, batch"]),
-        ([(X[2:3], Y[2:3])], ["1 row", "at least 2", "pass more samples"]),
         ([(X[0], Y)], ["12 samples|60|dimension"]),
         ([(X, Y[:59])], ["batch 0 has 60 samples", r"\[59\]", "count the samples"]),
         ([(X, Y[0])], ["batch 0 has 60 samples", r"shape \[\]"]),
@@ -102,7 +102,20 @@ def test_integer_one_hot_labels_are_warned_of():
 def test_a_single_row_that_only_a_late_layer_meets():
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     x, y = images(1)
-    refused(model, [(x, y)], "layer '3'", "1 row", "at least 2", head="3")
+    report = sylinit.initialize_(model, [(x, y)], head="3")
+    assert report["0"].action == "initialized"
+    assert report["3"].action == "left alone"
+    assert "1 row of input" in report["3"].reason
+    assert "at least 2" in report["3"].reason
+
+
+def test_a_single_sample_initializes_nothing():
+    model = small_mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    report = sylinit.initialize_(model, [(X[2:3], Y[2:3])])
+    assert not report.initialized
+    assert all("1 row of input" in layer.reason for layer in report.left_alone)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 class TwoInputs(nn.Module):
@@ -182,11 +195,13 @@ def test_layers_that_select_nothing():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        *[({"encoding_weight": v}, ["encoding_weight", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
-        *[({"variance": v}, ["variance", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
-        *[({"rows": v}, ["rows", "at least 2", "'all'"]) for v in (0, 1, -5, 2.5, "some", True)],
+        *[({"samples": v}, ["samples", "integer of at least 2"]) for v in (0, 1, -5, 2.5, "some", True, None)],
+        *[({"target": v}, ["target must be a key", "function of a batch"]) for v in (3, [1])],
+        *[({"mask": v}, ["mask must be a key", "function of a batch"]) for v in (3, [1])],
+        ({"target": "y"}, ["target='y'", "tuple, which has no keys", "function of the batch"]),
+        ({"mask": lambda batch: batch[0][:3]}, ["mask: expected a tensor", "60 samples", r"\[3, 12\]"]),
+        *[({"config": v}, ["config must be a sylinit.Config"]) for v in (3, None, {"rows": 3})],
         *[({"train_size": v}, ["train_size", "positive integer"]) for v in (0, -5, 2.5, "some", True)],
-        ({"encoding_weight": "1"}, ["encoding_weight", "'?1'?"]),
         ({"head": "1"}, ["head='1'", "no layer"]),
         ({"head": 3}, ["head"]),
         ({"code": torch.randn(59, 4)}, ["59 rows", "60 calibration samples"]),
@@ -281,15 +296,18 @@ def test_lazy_modules(lazy):
     refused(model, [(X, Y)], "layer '1'", "lazy", "run one batch through", layers="0")
 
 
-@pytest.mark.parametrize(
-    "model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(12), nn.BatchNorm1d(12), nn.Embedding(5, 3)]
-)
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(12), nn.BatchNorm1d(12)])
 def test_a_model_without_any_layer(model):
     refused(model, [(X, Y)], "no layer to initialize")
 
 
+def test_a_model_that_only_looks_up():
+    refused(nn.Embedding(5, 3), [(Y, Y)], "no layer to initialize", "lookup table")
+
+
 def test_a_layer_of_complex_numbers_alone():
-    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), [(X, Y)], "no layer to initialize", "real|complex")
+    batches = [(X.to(torch.complex64), Y)]
+    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), batches, "no layer to initialize", "real|complex")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 3e4])
