@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_resnet
+from sylinit.config import Config
 from sylinit.errors import SylinitError
 
 
@@ -206,7 +207,7 @@ def test_nan_and_inf_in_the_data(bad, batch, rows):
     batches = cut(3)
     batches[batch] = (batches[batch][0].clone(), batches[batch][1])
     batches[batch][0][-1, -1, -1, -1] = bad
-    error = check(SylinitError, lambda m, g: sylinit.initialize_(m, batches, generator=g, rows=rows))
+    error = check(SylinitError, lambda m, g: sylinit.initialize_(m, batches, generator=g, config=Config(rows=rows)))
     assert "NaN or infinite" in str(error)
     assert "clean" in str(error)
 
@@ -228,7 +229,7 @@ def test_nan_and_inf_in_an_input_that_joins_later(bad):
     for place in (0, 17, 59):
         wrong[place, 3] = bad
         batches = [(x, wrong, torch.arange(60) % 3)]
-        check(SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, rows=4), Two())
+        check(SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, config=Config(rows=4)), Two())
         wrong[place, 3] = 0
 
 
@@ -361,7 +362,7 @@ def test_success_changes_only_weights_and_statistics(count, rows, code):
     model = make()
     before = state(model, results=False)
     tracked = model[2].num_batches_tracked.clone()
-    sylinit.initialize_(model, cut(count), rows=rows, code=code)
+    sylinit.initialize_(model, cut(count), config=Config(rows=rows), code=code)
     assert differing(before, state(model, results=False)) == []
     assert torch.equal(model[2].num_batches_tracked, tracked)
     assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())

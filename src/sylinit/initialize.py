@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sylinit.codes import HEAD
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
 from sylinit.data.calibration import calibration_set
@@ -25,8 +26,9 @@ from sylinit.inventory import Inventory, take_inventory
 from sylinit.judge import judge
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
+from sylinit.layers.registry import is_stock
 from sylinit.plan import Plan, Wish, make_plan
-from sylinit.report import LayerReport, Report
+from sylinit.report import ROOT, LayerReport, Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.offload import Offload
@@ -226,6 +228,7 @@ def _initialize(
                 data = calibration_set(read, processes, seed, source.ignore_index)
                 inventory = processes.together(lambda: take_inventory(model))
                 model.eval()
+                torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
                     plan = make_plan(model, inventory, seen, wish, data, config)
@@ -273,7 +276,8 @@ def _trial(
         def call(raw: Any) -> Any:
             return _call(model, reader.parse(raw), forward)
 
-        return trace(model, candidates, call, part.raw, part.samples, transaction.rewind)
+        with _checked_inputs(inventory):
+            return trace(model, candidates, call, part.raw, part.samples, transaction.rewind)
 
     def local() -> Trace:
         few = some_samples(batch, reader, SAMPLES)
@@ -286,6 +290,29 @@ def _trial(
             return on(batch)
 
     return processes.agree(local)[0]
+
+
+@contextmanager
+def _checked_inputs(inventory: Inventory) -> Iterator[None]:
+    """Refuse, by the layer's name, what the forward of a layer of PyTorch's own would refuse."""
+    sites: list[Site] = [NormalizationSite(name or ROOT, norm) for name, norm in inventory.norms.items()]
+    for candidate in inventory.candidates:
+        if is_stock(candidate.module):  # what another computes, and from what, is to be seen
+            sites += [MatrixSite(view, HEAD, "units") for view in candidate.hypotheses[0]]
+
+    def looking(site: Site) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            site.input(args, kwargs)
+
+        return look
+
+    ahead = [site for site in sites if not site.behind]
+    hooks = [site.module.register_forward_pre_hook(looking(site), with_kwargs=True) for site in ahead]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Pass:
@@ -332,7 +359,6 @@ class _Pass:
                 if isinstance(view, AttentionOutputView):
                     behind = self._behind(number, view)  # before the user's hooks, which expect the real output
                     self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
-        torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
 
         def run(number: int) -> None:
             with self.offload.lane(number) if self.offload else nullcontext():

@@ -128,7 +128,7 @@ class Reader:
             args = self._spread(args)
         else:
             args = (raw,)
-        args, kwargs = map_leaves(args, _as_tensor), map_leaves(kwargs, _as_tensor)
+        args, kwargs = map_leaves(args, self._as_tensor), map_leaves(kwargs, self._as_tensor)
         inputs = [value for value in tensors((args, kwargs)) if value.ndim > 0]
         if not self.custom:
             self._require_tensors(raw, args, kwargs, inputs, number)
@@ -268,7 +268,7 @@ class Reader:
     def _thinned(self, read: list[Batch], *, evenly: bool) -> list[Batch]:
         """As many samples as are wanted: evenly from all batches, or the first."""
         total = sum(batch.samples for batch in read)
-        place = torch.arange(self.samples, dtype=torch.float64)
+        place = torch.arange(self.samples, dtype=torch.float64, device="cpu")
         index = (place * (total / self.samples)).long() if evenly else place.long()
         thinned, start = [], 0
         for number, batch in enumerate(read):
@@ -303,6 +303,11 @@ class Reader:
         targets = {name: torch.cat([batch.targets[name] for batch in read]) for name in given}
         return (replace(joined, targets={**joined.targets, **targets}),)
 
+    def _as_tensor(self, leaf: Any) -> Any:
+        """A numpy array as a tensor on the model's device; everything else as it is."""
+        is_array = hasattr(leaf, "__array_interface__") and math.prod(getattr(leaf, "shape", (0,)))
+        return torch.as_tensor(leaf, device=self._device) if is_array and leaf.dtype.kind in "biuf" else leaf
+
     @property
     def _device(self) -> torch.device:
         parameters = (p for p in self.model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
@@ -321,7 +326,8 @@ def some_samples(batch: Batch, reader: Reader, count: int) -> Batch | None:
     """A few samples, spread evenly over a batch; None where the batch cannot be cut."""
     if batch.samples < 1:
         return None
-    index = (torch.arange(min(count, batch.samples)) * batch.samples) // min(count, batch.samples)
+    count = min(count, batch.samples)
+    index = (torch.arange(count, device="cpu") * batch.samples) // count
     try:
         return reader.parse(select(batch.raw, index, batch.samples), 0)
     except (CannotConcatenate, SylinitError):
@@ -413,12 +419,6 @@ def _form(target: Tensor) -> tuple[bool, int, int]:
     """What targets must agree in: class indices may come at any number of positions, values in one width."""
     real = target.is_floating_point()
     return real, target.ndim, target.shape[-1] if real and target.ndim == 2 else 0
-
-
-def _as_tensor(leaf: Any) -> Any:
-    """A numpy array as a tensor; everything else as it is."""
-    is_array = hasattr(leaf, "__array_interface__") and math.prod(getattr(leaf, "shape", (0,)))
-    return torch.as_tensor(leaf) if is_array and leaf.dtype.kind in "biuf" else leaf
 
 
 def _describe(value: Any) -> str:

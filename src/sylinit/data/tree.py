@@ -72,7 +72,7 @@ def concatenate(parts: Sequence[Any], sizes: Sequence[int], *, strict: bool, pad
     if isinstance(first, Tensor):
         return _concatenated(parts, sizes, strict)
     if hasattr(first, "__array_interface__") and getattr(first, "shape", ()):
-        joined = _concatenated([torch.as_tensor(part) for part in parts], sizes, strict)
+        joined = _concatenated([torch.as_tensor(part, device="cpu") for part in parts], sizes, strict)
         return joined.numpy()
     if all(part is first for part in parts) or (isinstance(first, (int, float, str)) and len(set(parts)) == 1):
         return first

@@ -80,7 +80,7 @@ def test_reduce_sums_every_block():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_covariance_is_that_of_the_centred_rows(dtype):
+def test_covariance_is_that_of_the_centered_rows(dtype):
     rows, targets = problem(3)
     rows = rows.to(dtype)
     cov = moments_of(rows, targets).covariance()

@@ -63,12 +63,12 @@ def test_a_target_for_each_position_at_another_resolution(batch, sizes, width, s
 @given(st.integers(5, 7), st.lists(SMALL, min_size=1, max_size=2), SMALL, SEEDS)
 def test_a_layer_without_positions_gets_the_mean_over_positions(batch, spots, width, seed):
     vectors = numbers(batch, *spots, width, seed=seed)
-    vectors[0, 0] = math.nan  # not labelled: left out of the mean
+    vectors[0, 0] = math.nan  # not labeled: left out of the mean
     expected = []
     for sample in range(batch):
-        labelled = [vectors[(sample, *spot)] for spot in places(*spots)]
-        labelled = [t for t in labelled if not bool(t.isnan().any())]
-        expected.append(sum(labelled) / len(labelled) if labelled else torch.full((width,), math.nan).double())
+        labeled = [vectors[(sample, *spot)] for spot in places(*spots)]
+        labeled = [t for t in labeled if not bool(t.isnan().any())]
+        expected.append(sum(labeled) / len(labeled) if labeled else torch.full((width,), math.nan).double())
     result = for_rows(vectors, batch, (), None)
     torch.testing.assert_close(result, torch.stack(expected), rtol=1e-12, atol=1e-12, equal_nan=True)
 

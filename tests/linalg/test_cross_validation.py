@@ -36,7 +36,7 @@ def head_weight(x: Tensor, y: Tensor) -> float:
 
 
 def scaled_code(x: Tensor, y: Tensor) -> Tensor:
-    """Centred one-hot labels at the root mean square of the centred rows."""
+    """Centred one-hot labels at the root mean square of the centered rows."""
     s = nn.functional.one_hot(y).double()
     s = s - s.mean(0)
     return s * (x - x.mean(0)).square().mean().sqrt() / s.square().mean().sqrt()
@@ -47,8 +47,8 @@ def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
     x, y = data(noise)
     s = scaled_code(x, y)
     a, u = torch.linalg.eigh(s.T @ s / COUNT)
-    centred = x - x.mean(0)
-    covariance = centred.T @ centred / COUNT
+    centered = x - x.mean(0)
+    covariance = centered.T @ centered / COUNT
     errors = []
     for weight in WEIGHTS.tolist():
         error = 0.0
@@ -56,7 +56,7 @@ def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
             if size < 1e-12:
                 continue
             inverse = torch.linalg.inv(size * torch.eye(DIM, dtype=torch.float64) + weight * covariance)
-            hat = weight * centred @ inverse @ centred.T / COUNT + 1 / COUNT
+            hat = weight * centered @ inverse @ centered.T / COUNT + 1 / COUNT
             rest = code - hat @ code
             error += float(rest.square().mean()) / (1 - float(hat.trace()) / COUNT) ** 2
         errors.append(error)
@@ -113,5 +113,6 @@ def test_only_the_head_chooses_and_only_where_nothing_is_asked_for():
     inner, head = weights()
     assert inner == 4.0
     assert head in WEIGHTS.tolist()
-    assert weights(encoding_weight=2.0) == [2.0, 2.0]
+    assert weights(config=Config(encoding_weight=2.0, head_encoding_weight=2.0)) == [2.0, 2.0]
+    assert weights(config=Config(head_encoding_weight=3.0)) == [4.0, 3.0]
     assert weights(head=None) == [4.0, 4.0]
