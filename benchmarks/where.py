@@ -18,13 +18,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from sylinit.data.targets import describe
 
 import sylinit
 from harness import Results, ceilings, seconds
 from one_pass import Batches, cases
 from sylinit import initialize as engine
 from sylinit.config import Config
-from sylinit.data.targets import describe
 from sylinit.initialize import default_rows
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import hypotheses

@@ -229,7 +229,9 @@ def test_nan_and_inf_in_an_input_that_joins_later(bad):
     for place in (0, 17, 59):
         wrong[place, 3] = bad
         batches = [(x, wrong, torch.arange(60) % 3)]
-        check(SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, config=Config(rows=4)), Two())
+        check(
+            SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, config=Config(rows=4)), Two()
+        )
         wrong[place, 3] = 0
 
 

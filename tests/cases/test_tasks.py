@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    Record,
     Bag,
+    Record,
     accuracy,
     attempt,
     balanced_accuracy,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sylinit.data.targets import IGNORED, MAX_CLASSES, TargetKind, Targets, describe, encode, for_rows
 from torch import Tensor
 
-from sylinit.data.targets import IGNORED, MAX_CLASSES, TargetKind, Targets, describe, encode, for_rows
 from sylinit.errors import SylinitError
 
 SMALL = st.integers(1, 4)

@@ -126,7 +126,7 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
     if len(spots) != len(sizes):
         return vectors.flatten(1, -2).nanmean(1)[sample]
     nearest = [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
-    return vectors[tuple([sample, *nearest])]
+    return vectors[(sample, *nearest)]
 
 
 def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | None:
