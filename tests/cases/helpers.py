@@ -254,3 +254,57 @@ def served_or_refused(
     reference = score(undisturbed)
     assert score(model) >= reference - 0.02, f"{score(model)} instead of {reference}"
     return outcome
+
+
+class Bag(dict):
+    """A mapping with attributes, as Transformers' ``BatchEncoding``."""
+
+    __getattr__ = dict.__getitem__
+
+
+def features_into(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """What reaches the layer ``name`` when the model is called; the calls of a shared layer one below the other."""
+    met: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: met.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(*args, **kwargs)
+    hook.remove()
+    return torch.cat(met)
+
+
+def ridge(features: Tensor, targets: Tensor, strength: float = 1e-3) -> Tensor:
+    """Predictions ``[n, c]`` of a ridge regression of ``targets`` on ``features`` ``[n, d]``, both centered inside.
+
+    Args:
+        features: one row a sample.
+        targets: ``[n, c]``.
+        strength: of the penalty, relative to the mean variance of a feature.
+    """
+    x, t = features.double(), targets.double()
+    centered = x - x.mean(0)
+    gram = centered.T @ centered
+    penalty = strength * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+    return centered @ torch.linalg.lstsq(gram + penalty, centered.T @ (t - t.mean(0))).solution + t.mean(0)
+
+
+def readout_accuracy(features: Tensor, y: Tensor) -> float:
+    """In-sample accuracy of a ridge regression on class indicators."""
+    return accuracy(ridge(features, torch.nn.functional.one_hot(y)), y)
+
+
+def label_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of 0/1 labels on whose side of zero the logits lie; NaN labels do not count."""
+    known = ~labels.double().isnan()
+    return ((logits > 0) == (labels > 0.5))[known].float().mean().item()
+
+
+def r_squared(prediction: Tensor, target: Tensor) -> float:
+    """1 - squared error / variance, over the targets that are not NaN."""
+    known = ~target.isnan()
+    p, t = prediction[known].double(), target[known].double()
+    return 1 - ((p - t).square().sum() / (t - t.mean()).square().sum()).item()
+
+
+def balanced_accuracy(guess: Tensor, y: Tensor) -> float:
+    """Mean over the classes of the share of them that is found."""
+    return sum((guess[y == c] == c).float().mean().item() for c in y.unique()) / len(y.unique())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    Bag,
     accuracy,
     attempt,
     bits,
@@ -976,12 +977,6 @@ def test_an_input_whose_dtype_the_model_refuses_is_still_cast(model_dtype):
         model(data)
     served(model, [(data, y)], **ONE_RECIPE)
     assert accuracy(model(x.to(model_dtype)), y) > 0.95
-
-
-class Bag(dict):
-    """A mapping with attributes, as Transformers' ``BatchEncoding``."""
-
-    __getattr__ = dict.__getitem__
 
 
 @pytest.mark.parametrize("size", [200, 50])
