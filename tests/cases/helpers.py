@@ -272,19 +272,22 @@ def features_into(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Ten
     return torch.cat(met)
 
 
-def ridge(features: Tensor, targets: Tensor, strength: float = 1e-3) -> Tensor:
+def ridge(features: Tensor, targets: Tensor) -> Tensor:
     """Predictions ``[n, c]`` of a ridge regression of ``targets`` on ``features`` ``[n, d]``, both centered inside.
 
-    Args:
-        features: one row a sample.
-        targets: ``[n, c]``.
-        strength: of the penalty, relative to the mean variance of a feature.
+    Its penalty has the least generalized cross-validation error of a grid (Golub, Heath and Wahba 1979).
     """
-    x, t = features.double(), targets.double()
-    centered = x - x.mean(0)
-    gram = centered.T @ centered
-    penalty = strength * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-    return centered @ torch.linalg.lstsq(gram + penalty, centered.T @ (t - t.mean(0))).solution + t.mean(0)
+    x, t = features.double() - features.double().mean(0), targets.double()
+    left, values, _ = torch.linalg.svd(x, full_matrices=False)
+    inside = left.T @ (t - t.mean(0))
+
+    def predict(penalty: Tensor) -> tuple[Tensor, Tensor]:
+        share = values.square() / (values.square() + penalty)
+        prediction = left @ (share[:, None] * inside) + t.mean(0)
+        return prediction, (prediction - t).square().sum() / (len(x) - 1 - share.sum()).square()
+
+    grid = values[0].square() * torch.logspace(-9, 1, 41, dtype=torch.double)
+    return min((predict(penalty) for penalty in grid), key=lambda each: each[1].item())[0]
 
 
 def readout_accuracy(features: Tensor, y: Tensor) -> float:
