@@ -174,12 +174,13 @@ def attempt(
     return outcome
 
 
-def served(model: nn.Module, batches: Iterable[Any], **options: Any) -> Outcome:
-    """The call succeeds and changes nothing but weights and running statistics."""
+def served(model: nn.Module, batches: Iterable[Any], *, computes: bool = True, **options: Any) -> Outcome:
+    """The call succeeds, computes something unless told otherwise, and changes only weights and running statistics."""
     outcome = attempt(model, batches, **options)
     if outcome.error is not None:
         raise outcome.error
     assert outcome.changed_besides_results == []
+    assert outcome.changed or not computes, "nothing was computed"
     return outcome
 
 
@@ -249,6 +250,7 @@ def served_or_refused(
         check_refusal(outcome, names, remedies)
         return outcome
     assert outcome.changed_besides_results == []
+    assert outcome.changed, "nothing was computed"
     if equal:
         same_weights(model, undisturbed)
     reference = score(undisturbed)

@@ -231,7 +231,7 @@ def test_plain_attributes_that_forward_changed_are_put_back(fails):
             raise Boom
 
     outcome = attempt(model, cut(x, y, 50), forward=forward, **ONE_RECIPE)
-    assert isinstance(outcome.error, Boom) if fails else outcome.served
+    assert isinstance(outcome.error, Boom) if fails else outcome.changed
     assert differing(before, everything(model, results=fails)) == []
     assert (model.calls, model.history, len(model.last)) == (1, [3], 1)
 
@@ -740,6 +740,7 @@ def test_a_callers_dictionary_of_parameters_is_never_written(which, size):
     assert {key: bits(value) for key, value in ema.items()} == kept
     if outcome.served:
         assert outcome.changed_besides_results == []
+        assert outcome.changed, "nothing was computed"
         same_weights(model, undisturbed)
     else:
         check_refusal(outcome, ("functional_call", "parameters", "weight"), ("model(", "own parameters", "forward="))
@@ -916,6 +917,7 @@ def test_a_setting_that_forward_leaves_changed_is_put_back(change, fails):
     else:
         assert outcome.served, outcome.error
         assert outcome.changed_besides_results == []
+        assert score_on((x, y))(model) > 0.95
 
 
 # ---- Case 19: inputs reach the model as its owner would pass them ----
