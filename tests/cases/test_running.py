@@ -70,7 +70,7 @@ def twin(kind: Callable[[], nn.Module], undisturbed: nn.Module) -> nn.Module:
     return model
 
 
-# ---- Case 01: one part of forward leaves state for another ----
+# ---- One part of forward leaves state for another ----
 
 
 class UNet(nn.Module):
@@ -236,7 +236,7 @@ def test_plain_attributes_that_forward_changed_are_put_back(fails):
     assert (model.calls, model.history, len(model.last)) == (1, [3], 1)
 
 
-# ---- Case 02: locks ----
+# ---- Locks ----
 
 GLOBAL_LOCK = threading.Lock()
 """Of the last model made with ``Locked("global")``."""
@@ -315,7 +315,7 @@ def test_a_lock_held_in_forward_never_makes_interleaved_batches_hang(kind, way):
     assert model.is_free()
 
 
-# ---- Case 04: scripted and traced parts ----
+# ---- Scripted and traced parts ----
 
 
 def scripted(module: nn.Module) -> nn.Module:
@@ -371,7 +371,7 @@ def test_a_failure_behind_a_scripted_part_puts_everything_back(compile_):
     assert outcome.changed == []
 
 
-# ---- Case 05: eval() with side effects ----
+# ---- Modes with side effects ----
 
 
 class Adapted(nn.Linear):
@@ -476,7 +476,7 @@ def test_a_part_that_rescales_itself_with_its_mode_ends_as_it_was(mode):
     assert score_on((x, y))(model.eval()) > 0.95
 
 
-# ---- Case 09: modules that initialize themselves at their first call ----
+# ---- Modules that initialize themselves at their first call ----
 
 
 class ActNorm(nn.Module):
@@ -561,7 +561,7 @@ def test_a_step_counter_that_scales_the_output_counts_one_call_and_is_put_back(s
     same_weights(model, undisturbed)
 
 
-# ---- Case 11: many batches ----
+# ---- Many batches ----
 
 
 class Watched(nn.Sequential):
@@ -714,7 +714,7 @@ def test_ragged_token_batches_are_padded_with_their_mask():
         assert accuracy(ragged.eval()(whole["x"], mask), y) > 0.9
 
 
-# ---- Case 15: functional_call and transforms ----
+# ---- Functional calls and transforms ----
 
 
 def linear_regression_task() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -776,7 +776,7 @@ def test_transforms_of_torch_func_are_served_or_refused(forward):
     )
 
 
-# ---- Case 16: settings of the process that forward changes ----
+# ---- Settings of the process that forward changes ----
 
 
 class SetsAttention(nn.Sequential):
@@ -920,7 +920,7 @@ def test_a_setting_that_forward_leaves_changed_is_put_back(change, fails):
         assert score_on((x, y))(model) > 0.95
 
 
-# ---- Case 19: inputs reach the model as its owner would pass them ----
+# ---- Inputs reach the model as its owner would pass them ----
 
 
 class Timed(nn.Module):
@@ -1021,7 +1021,7 @@ def test_forward_gets_objects_of_the_users_own_class(size):
     assert report["0"].action == "initialized"
 
 
-# ---- Case 21: inputs and layers outside the usual ----
+# ---- Inputs and layers outside the usual ----
 
 
 class Image(torch.Tensor):
@@ -1157,7 +1157,7 @@ def test_an_sklearn_transformer_works_under_enabled_gradients():
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-# ---- Case 22: a layer is what it computes ----
+# ---- A layer is what it computes ----
 
 
 class NormedLinear(nn.Linear):
@@ -1493,7 +1493,7 @@ def test_half_precision_weights_that_would_overflow_are_scaled_or_refused(dim):
         check_refusal(outcome, ("first", "last"), ("float16", "half", "float32", "bfloat16", "scale"))
 
 
-# ---- Case 23: layers made inside forward ----
+# ---- Layers made inside forward ----
 
 
 class LazyProjector(nn.Module):
@@ -1585,7 +1585,7 @@ def test_layers_made_inside_forward_are_gone_after_a_failure(kind, size):
     assert outcome.changed == []
 
 
-# ---- Case 25: threads inside forward ----
+# ---- Threads inside forward ----
 
 
 class Branches(nn.Module):
