@@ -21,6 +21,7 @@ from sylinit.data.tree import MASKS, map_leaves, tensors
 from sylinit.layers.inputs import plain, require_plain_rows
 from sylinit.layers.registry import is_stock
 from sylinit.layers.view import LayerView
+from sylinit.runtime.interrupts import held_interrupts
 from sylinit.statistics.alignment import Layout, layout_of
 
 SAMPLES = 5
@@ -196,8 +197,9 @@ class _Watch(_Inputs):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._follow.__exit__(*error)
-        super().__exit__(*error)
+        with held_interrupts():
+            self._follow.__exit__(*error)
+            super().__exit__(*error)
 
     def described(self, tensor: Tensor) -> Output:
         """One tensor of the model's output."""
