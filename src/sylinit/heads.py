@@ -59,7 +59,7 @@ def _named(name: str, views: Sequence[LayerView], kind: TargetKind) -> LayerView
 
 
 def _makers_of_output(views: Sequence[LayerView], kind: TargetKind, trace: Trace) -> list[LayerView]:
-    """The layers that made the output and are as wide as the targets ask; the last of the pass if there is no output."""
+    """The layers that made the output and are as wide as the targets; the last of the pass if there is no output."""
     last_of = {view.module: view for view in views}
     by_name = {view.name: view for view in last_of.values()} | {_module_name(v): v for v in last_of.values()}
     made = [by_name[name] for out in trace.outputs for name in sorted(out.made_by - out.rectified) if name in by_name]

@@ -329,7 +329,7 @@ def _storages(tensor: Tensor) -> Iterator[UntypedStorage]:
 
 
 def _marked(batch: Any, samples: int) -> Any:
-    """The batch with one sample changed: its real numbers, or where there are none its integers; None if it has none."""
+    """The batch with one sample changed: its real numbers, or else its integers; None if it has neither."""
     masks = {id(batch[key]) for key in MASKS if isinstance(batch, Mapping) and key in batch}
     counted = [
         tensor
