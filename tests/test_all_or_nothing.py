@@ -41,7 +41,7 @@ class Counter(nn.Module):
 
 
 def make(*, apart: bool = False) -> nn.Sequential:
-    """A model with every kind of state, some of it odd; for batches that stay apart, none that one leaves to another."""
+    """A model with every kind of state, some of it odd; where batches stay apart, none that one leaves to another."""
     model = nn.Sequential(nn.Identity() if apart else Counter(), *small_resnet())
     model[1].register_forward_hook(lambda module, args, out: None)
     model[4].norm1.eval()
@@ -255,7 +255,9 @@ def test_nan_and_inf_in_an_input_that_joins_later(bad):
     for place in (0, 17, 59):
         wrong[place, 3] = bad
         batches = [(x, wrong, torch.arange(60) % 3)]
-        check(SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, config=Config(rows=4)), Two())
+        check(
+            SylinitError, lambda m, g, b=batches: sylinit.initialize_(m, b, generator=g, config=Config(rows=4)), Two()
+        )
         wrong[place, 3] = 0
 
 
@@ -354,8 +356,8 @@ def test_a_model_that_catches_exceptions_does_not_hide_a_failure():
 
     x, y = torch.randn(30, 12), torch.arange(30) % 3
     for apart in (False, "disk"):
-        batches = [(x, y), (x, y)]
-        check(Boom, lambda m, g, a=apart: sylinit.initialize_(m, batches, code=code, generator=g, offload=a), Forgiving())
+        options = {"code": code, "offload": apart}
+        check(Boom, lambda m, g, o=options: sylinit.initialize_(m, [(x, y)] * 2, generator=g, **o), Forgiving())
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -127,8 +127,8 @@ def test_a_failure_that_the_model_catches_whatever_it_is_ends_the_pass():
         for site in range(2):
             try:
                 runner.meet(site, "a", None)
-            except BaseException as error:
-                assert isinstance(error, Stopped)
+            except Stopped:
+                continue
 
     with pytest.raises(ValueError, match="at site 0"):
         runner.run(forward)
