@@ -225,8 +225,8 @@ def _depends_on_the_cut(modules: dict[str, nn.Module]) -> list[str]:
     if not names:
         return []
     return [
-        f"{names[0]!r} normalizes by each batch, having no running statistics, and the batches could not be joined: the "
-        "weights depend on how the data is cut; pass one batch, or samples of equal shape"
+        f"{names[0]!r} normalizes by each batch, having no running statistics, and the batches could not be joined: "
+        "the weights depend on how the data is cut; pass one batch, or samples of equal shape"
     ]
 
 

@@ -98,7 +98,7 @@ class Reader:
             read.append(self._with_given(parsed, sum(batch.samples for batch in read)))
         if not read:
             raise SylinitError(
-                "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
+                "batches: there are none; a generator or iterator that was used before is exhausted: pass a fresh one"
             )
         _require_alike(read, self.custom)
         total = sum(batch.samples for batch in read)
