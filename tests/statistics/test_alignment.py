@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sylinit.data.targets import IGNORED, TargetKind, encode
 from torch import Tensor
 
-from sylinit.data.targets import IGNORED, TargetKind, encode
 from sylinit.statistics.alignment import (
     UNKNOWN,
     Layout,
