@@ -119,8 +119,8 @@ def _not_too_wide(
         return [view for view in makers if view not in wide], []
     many = [view for view in wide if view.units > 2 * seen and classes is None]
     return list(makers), [
-        f"the labels are 0 to {seen - 1}, and {view.name!r}, which makes the output, has {view.units} outputs; if it is not "
-        "the head, pass head=None or the head's name, and if it is, classes= says so"
+        f"the labels are 0 to {seen - 1}, and {view.name!r}, which makes the output, has {view.units} outputs; if "
+        "it is not the head, pass head=None or the head's name, and if it is, classes= says so"
         for view in many[:1]
     ]
 

@@ -102,8 +102,8 @@ def initialize_(
             or a mapping from name pattern to any of these. Without labels the default falls back to "pca".
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
-        head: the name of the layer whose outputs are the logits or predictions, a list of names, or a mapping from names
-            to targets (keys of the batch, indices among several targets, functions of the batch, tensors of all
+        head: the name of the layer whose outputs are the logits or predictions, a list of names, or a mapping from
+            names to targets (keys of the batch, indices among several targets, functions of the batch, tensors of all
             samples); "auto" takes the layers that the trial run saw make the model's output, if their width fits the
             targets; None for none.
         train_size: how many samples the model will be trained on; None means ``len(loader.dataset)`` or, of a list, as
@@ -513,7 +513,7 @@ def _check_arguments(
         raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if type(model).forward is nn.modules.module._forward_unimplemented and source.forward is None:
         raise SylinitError(
-            f"model: {type(model).__name__} has no forward; pass forward=lambda model, batch: ... that runs it on a batch"
+            f"model: {type(model).__name__} has no forward; pass forward=lambda model, batch: ... that runs it"
         )
     if not isinstance(config, Config):
         raise SylinitError(f"config must be a sylinit.Config, got {config!r}")
@@ -523,7 +523,8 @@ def _check_arguments(
     names = isinstance(head, (list, tuple, Mapping)) and head and all(isinstance(name, str) for name in head)
     if not (head is None or isinstance(head, str) or names):
         raise SylinitError(
-            f"head must be the name of a layer, a list of names, a mapping from names to targets, 'auto' or None, got {head!r}"
+            "head must be the name of a layer, a list of names, a mapping from names to targets, 'auto' or None, got "
+            f"{head!r}"
         )
     if not (isinstance(count, int) and not isinstance(count, bool) and count >= 2):
         raise SylinitError(f"samples must be an integer of at least 2, got {count!r}")
@@ -535,7 +536,9 @@ def _check_arguments(
         raise SylinitError(f"offload must be True, False or 'disk', got {offload!r}")
     for name, number in (("classes", wish.classes), ("ignore_index", source.ignore_index)):
         whole = isinstance(number, int) and not isinstance(number, bool)
-        if not (whole and (name == "ignore_index" or number > 0)) and not (number is None and name == "classes"):
+        if not (whole and (name == "ignore_index" or int(number or 0) > 0)) and not (
+            number is None and name == "classes"
+        ):
             raise SylinitError(f"{name} must be an integer, got {number!r}")
     for name, value in (("target", source.target), ("mask", source.mask)):
         if not (value is None or isinstance(value, str) or callable(value)):

@@ -332,7 +332,8 @@ class NormalizationSite:
     @property
     def device(self) -> torch.device:
         """Where the statistics are."""
-        return self.module.running_mean.device  # type: ignore[union-attr, return-value]
+        norm: Any = self.module
+        return norm.running_mean.device
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input, if the module itself could read it."""
@@ -343,11 +344,11 @@ class NormalizationSite:
 
     def sums(self, waiting: dict[int, Tensor], context: Context) -> Tensor:
         """``[3, channels]``: count, sum and sum of squares of each channel, over all batches and processes."""
-        channels = self.module.num_features
+        norm: Any = self.module
 
         def local() -> Tensor:
-            none = torch.zeros(3, channels, dtype=torch.float64, device=self.device)  # type: ignore[arg-type]
-            return sum((norm_sums(self.module, x) for x in waiting.values()), none)
+            none = torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
+            return sum((norm_sums(norm, x) for x in waiting.values()), none)
 
         sums = context.processes.sum_(context.processes.together(local))
         if not bool(sums.isfinite().all()):

@@ -53,7 +53,7 @@ def expected(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def check(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """The exact fact: before and after writing, for all rows and for any choice of rows; and the view sees it itself."""
+    """The exact fact, before and after writing, for all rows and for any choice; and the view sees it itself."""
     (view,) = agreeing(module, *args, **kwargs)
     x = view.input(args, kwargs)
     samples, positions = view.positions(x)

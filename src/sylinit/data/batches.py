@@ -98,7 +98,7 @@ class Reader:
             read.append(self._with_given(parsed, sum(batch.samples for batch in read)))
         if not read:
             raise SylinitError(
-                "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
+                "batches: there are none; a generator or iterator that was used before is exhausted: pass a fresh one"
             )
         _require_alike(read, self.custom)
         total = sum(batch.samples for batch in read)
@@ -245,8 +245,8 @@ class Reader:
     def _checked_target(self, target: Any, number: int) -> Tensor:
         """A target as one tensor on the model's device."""
         several = (
-            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose one by target= (a "
-            "key of the batch, or a function of it that returns a tensor), or name the target of each head by "
+            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose one by target= "
+            "(a key of the batch, or a function of it that returns a tensor), or name the target of each head by "
             "head={'layer': key or index, ...}"
         )
         if isinstance(target, Mapping) or (

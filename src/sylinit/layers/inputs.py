@@ -59,7 +59,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def readable_inputs(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
     """Give layers their inputs in the dtype of their parameters, where they could not read them otherwise.
 
-    The model's own call with such an input would fail: float64 data, float32 data in a half-precision model. The input itself stays as the user made it for everything else that reads it, such as times and masks.
+    The model's own call with such an input would fail: float64 data, float32 data in a half-precision
+    model. The input itself stays as the user made it for everything else that reads it, such as times and masks.
 
     Args:
         model: whose parts.
@@ -90,8 +91,8 @@ class _Cast:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._narrower and any(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in (*args, *kwargs.values())):
             raise SylinitError(
-                f"layer {self._name!r} meets unsigned bytes (uint8), which it cannot multiply; pass real numbers, scaled as "
-                "they will be in training, such as x.float() / 255"
+                f"layer {self._name!r} meets unsigned bytes (uint8), which it cannot multiply; pass real numbers, "
+                "scaled as they will be in training, such as x.float() / 255"
             )
         if not any(map(self._unreadable, (*args, *kwargs.values()))):
             return None

@@ -118,7 +118,7 @@ class Processes:
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Give every process the tensor of the first one, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, dist.get_global_rank(self._group, 0), group=self._group)
+            dist.broadcast(tensor, self.ranks[0], group=self._group)
         return tensor
 
 

@@ -30,7 +30,7 @@ class Layout:
     inner: int = 1
 
     def in_batch(self, lead: tuple[int, ...], samples: int) -> Layout | None:
-        """The same layout in a batch of other sequences or windows: more or fewer entries beside each sample, or None."""
+        """The same layout in a batch of other sequences or windows: more or fewer entries beside each sample."""
         if self.axis >= len(lead) or lead[self.axis] % samples:
             return None
         fold = lead[self.axis] // samples
@@ -126,7 +126,8 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
     if len(spots) != len(sizes):
         return vectors.flatten(1, -2).nanmean(1)[sample]
     nearest = [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
-    return vectors[(sample, *nearest)]
+    place = (sample, *nearest)
+    return vectors[place]
 
 
 def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | None:

@@ -318,9 +318,9 @@ class _Line:
         here = self._part(batch.strip, 0, lines, inner=self._copies).flatten(1, -2)
         there = self._part(batch.strip, shift, lines, batch.count, batch.step, inner=self._copies)
         if not self._copies:
-            return (here.mT.expand(batch.count, -1, -1) @ there.flatten(2, -2)[0]).unsqueeze(1)
+            return torch.bmm(here.mT.expand(batch.count, -1, -1), there.flatten(2, -2)[0]).unsqueeze(1)
         wide = there.movedim(1, -2).flatten(-2).flatten(1, -2)  # [g, u, offsets channels]
-        return (here.mT @ wide).unflatten(2, (batch.count, -1)).movedim(2, 0)
+        return torch.bmm(here.mT, wide).unflatten(2, (batch.count, -1)).movedim(2, 0)
 
     def _part(
         self, strip: Strip, shift: int, lines: int = 0, offsets: int = 0, step: int = 1, *, inner: bool = False
