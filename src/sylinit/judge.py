@@ -78,10 +78,8 @@ def _broken(view: LayerView, promised: float, actual: float) -> str:
 
 
 def _long(view: LayerView, ratio: float) -> str:
-    note = (
+    return (
         f"head {view.name!r}: its weights are {ratio:.0f} times as long as usual, since its features tell the targets "
         "apart by small differences; the first training steps may tear them apart: lower Config.logit_deviation, warm "
         "the learning rate up, or divide it by ten for this layer"
     )
-    warn(note)
-    return note

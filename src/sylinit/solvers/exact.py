@@ -36,7 +36,6 @@ def fit_exact(cov: Covariance, problem: Problem, config: Config) -> Fit:
     equation = equation_of(problem, axes, cov, config)
     weight, encoding_weight = solve_in_axes(problem, axes, equation, cov.count, config)
     weight, cross = weight @ axes.basis.mT, equation.cross @ axes.basis.mT
-    fit = judged(
-        weight, equation.gram @ weight, weight @ cov.xx, cross, equation, cov, encoding_weight, Exact.name, config
-    )
+    weight, decoded, encoded, cross = equation.of_all_units(weight, equation.gram @ weight, weight @ cov.xx, cross)
+    fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, Exact.name, config)
     return replace(fit, note=note)
