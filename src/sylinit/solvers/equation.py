@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sylinit.codes.linear import LinearCode, linear_code
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.linalg.cross_validation import least_error_weight
 from sylinit.linalg.eigh import robust_eigh
 from sylinit.linalg.sylvester import solve_diagonal
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance

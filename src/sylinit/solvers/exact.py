@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.solvers.equation import equation_of, judged, solve_in_axes, with_varied_targets
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem, Source
 from sylinit.statistics.axes import principal_axes
 from sylinit.statistics.moments import Covariance

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.linalg.subspace import row_axes
 from sylinit.solvers.equation import equation_of, judged, solve_in_axes, with_varied_targets
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem, Source
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance
