@@ -59,3 +59,33 @@ def test_a_vocabulary_of_which_few_words_occur_is_not_remarked_on():
     report = sylinit.initialize_(Language(tied=False), [{"input_ids": IDS % 3, "labels": IDS % 3}])
     assert report.task == "next-token"
     assert not any("classes=" in note for note in report.notes)
+
+
+def offset_clusters(classes: int = 4, count: int = 80, dim: int = 12) -> tuple[Tensor, Tensor]:
+    """Clusters far from the origin, on one side of it."""
+    source = torch.Generator().manual_seed(0)
+    y = torch.arange(count) % classes
+    means = 6 + torch.randn(classes, dim, generator=source)
+    return means[y] + 0.3 * torch.randn(count, dim, generator=source), y
+
+
+@pytest.mark.parametrize("dim", [12, 100], ids=["fewer inputs than rows", "more"])
+def test_a_head_without_a_bias_is_fitted_through_the_origin(dim):
+    x, y = offset_clusters(dim=dim)
+    model = nn.Sequential(nn.Linear(dim, 4, bias=False))
+    report = sylinit.initialize_head_(model, [(x, y)])
+    assert (model(x).argmax(1) == y).float().mean() == 1
+    assert report.before.accuracy == 1
+    assert report.before.cross_validated.accuracy > 0.95
+
+
+@pytest.mark.parametrize("dim", [12, 100], ids=["fewer inputs than rows", "more"])
+def test_a_regression_without_a_bias_is_that_through_the_origin(dim):
+    x, _ = offset_clusters(dim=dim)
+    target = 3 + x[:, :1] - x[:, 1:2]
+    model = nn.Sequential(nn.Linear(dim, 1, bias=False))
+    report = sylinit.initialize_head_(model, [(x, target)])
+    with torch.no_grad():
+        error = (model(x) - target).square().mean() / target.var()
+    assert error < 0.02
+    assert report.before.cross_validated.r2 > 0.9
