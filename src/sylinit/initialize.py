@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 from sylinit.codes import HEAD
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
-from sylinit.data.calibration import calibration_set
+from sylinit.data.calibration import CalibrationSet, calibration_set
 from sylinit.data.tasks import TASKS
 from sylinit.errors import ROOT, SylinitError
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
 from sylinit.layers.registry import is_stock
+from sylinit.layers.view import LayerView
 from sylinit.plan.gain import judge
+from sylinit.plan.heads import module_name
 from sylinit.plan.inventory import Inventory, take_inventory
 from sylinit.plan.plan import Plan, Wish, make_plan
 from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site, check_entry
-from sylinit.plan.trace import SAMPLES, Trace, output_tensors, trace
+from sylinit.plan.trace import SAMPLES, Trace, output_tensors, picked_positions, trace
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
@@ -233,7 +236,9 @@ def _initialize(
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
                     plan = make_plan(model, inventory, seen, wish, data, config)
-                    context = Context(data, config, processes, transaction, seen.layouts)
+                    rerun = partial(_call, model, forward=source.forward)
+                    positions = _picked(plan, seen, data, transaction, processes, rerun)
+                    context = Context(data, config, processes, transaction, seen.layouts, positions)
                     run = _Pass(plan, context, model, set(seen.seen), offload, progress)
                     run.through(lambda batch: _call(model, batch, source.forward))
                 before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))
@@ -291,6 +296,28 @@ def _trial(
             return on(batch)
 
     return processes.agree(local)[0]
+
+
+def _picked(
+    plan: Plan,
+    seen: Trace,
+    data: CalibrationSet,
+    transaction: Transaction,
+    processes: Processes,
+    call: Callable[[Batch], Any],
+) -> dict[str, tuple[Tensor | None, ...]]:
+    """Of heads of which one position a sample reaches the output, which; the model runs once more for each of them."""
+
+    def positions(view: LayerView, batch: Batch) -> Tensor | None:
+        found = picked_positions(view.module, lambda: call(batch))
+        transaction.rewind()
+        return found if found is not None else batch.mask
+
+    def of_all_batches(view: LayerView) -> tuple[Tensor | None, ...]:
+        return tuple(positions(view, batch) for batch in data.batches)
+
+    picked = [view for view in plan.heads.goals if module_name(view) in seen.picked]
+    return {view.name: processes.together(partial(of_all_batches, view)) for view in picked}
 
 
 @contextmanager
