@@ -108,7 +108,8 @@ def initialize_(
             targets; None for none.
         train_size: how many samples the model will be trained on; None means ``len(loader.dataset)`` or, of a list, as
             many as it holds. Only networks with normalizations depend on it.
-        overwrite: whether a model whose normalizations have been trained is to be re-made; `initialize_head_` keeps it.
+        overwrite: whether a model whose normalizations have been trained is to be re-made, and the body of one whose
+            head is tied to its embedding; `initialize_head_` keeps the body in any case.
         config: the constants of the method; ``dataclasses.replace(sylinit.Config(), ...)`` changes some.
         generator: source of what is random (sampled rows, random codes); None means a fixed seed.
         group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
@@ -499,8 +500,10 @@ def _as_written() -> AbstractContextManager[Any]:
 
 def _offload(asked: bool | str, plan: Plan, batches: int) -> Offload | None:
     """What moves activations away, where there is something to move and somewhere else to put it."""
+    if not asked or batches == 1 or not plan.sites:
+        return None
     device = plan.sites[0].device
-    if not asked or batches == 1 or (asked is True and device.type == "cpu"):
+    if asked is True and device.type == "cpu":
         return None
     return Offload(device, "disk" if asked == "disk" else "cpu")
 

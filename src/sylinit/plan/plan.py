@@ -91,8 +91,19 @@ def make_plan(
     sites: list[Site] = []
     # A parameter that something left alone also uses is left alone too.
     owners = {_memory(p): layer.name for layer in left for p in _own(modules.get(layer.name))}
+    tied = _tied(heads, owners)
+    if tied and wish.heads_only:
+        raise SylinitError(f"no head to compute: {tied}; untie it, or give the model a head of its own")
+    kept = bool(tied) and wish.layers is None and not wish.overwrite
+    if kept:
+        notes.append(
+            f"nothing was computed: {tied}, and a body made anew would not fit it; layers= or overwrite=True does it"
+        )
+        warn(notes[-1])
     for view in views:
-        reason = _reason_to_leave(view, view in heads.goals, wish, chosen, trace)
+        reason = _reason_to_leave(view, view in heads.goals, wish, chosen)
+        if kept and view not in heads.goals:
+            reason = reason or "the head is tied to the embedding, which stays"
         if reason:
             left.append(LayerReport(view.name, view.kind, "left alone", reason))
             owners |= {_memory(parameter): view.name for parameter in view.parameters}
@@ -115,11 +126,11 @@ def make_plan(
         sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
     _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]
-    if not sites:
+    if not sites and not kept:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialize{': ' + reasons if reasons else ''}")
     for name, module in inventory.norms.items():
-        selected = chosen(name, module) and not wish.heads_only
+        selected = chosen(name, module) and not wish.heads_only and not kept
         sites.append(NormalizationSite(name or ROOT, module, selected=selected, held=few and selected))
     order = {id(module): place for place, module in enumerate(modules.values())}
     sites.sort(key=lambda site: order[id(site.module)])
@@ -147,9 +158,16 @@ def _seen(inventory: Inventory, trace: Trace) -> tuple[list[LayerView], list[Lay
     return views, left
 
 
-def _reason_to_leave(
-    view: LayerView, is_head: bool, wish: Wish, chosen: Callable[[str, nn.Module], bool], trace: Trace
-) -> str:
+def _tied(heads: Heads, owners: Mapping[int, str]) -> str:
+    """That every head shares its weight with a part that is left alone, such as an embedding; empty if not."""
+    found = [(view, owners.get(_memory(view.parameters[0]))) for view in heads.goals]
+    if not found or any(owner is None for _, owner in found):
+        return ""
+    view, owner = found[0]
+    return f"the head {view.name!r} is tied to {owner!r}, which stays"
+
+
+def _reason_to_leave(view: LayerView, is_head: bool, wish: Wish, chosen: Callable[[str, nn.Module], bool]) -> str:
     """Why a layer is not computed; empty if it is.
 
     Raises:

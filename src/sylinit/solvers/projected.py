@@ -34,6 +34,8 @@ class Projected:
     def solve(self, problem: Problem, source: Source, config: Config) -> Fit | Declined:
         """From second moments in float32."""
         cov = source.covariance(torch.float32)
+        if not problem.intercept:
+            cov = cov.through_origin(targets=problem.role == "values")
         return source.together(lambda: fit_projected(cov, problem, config))
 
 
