@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import sylinit
 from sylinit import SylinitError
@@ -13,7 +16,7 @@ try:
     import typer
     from rich.table import Table
 
-    from sylinit.comparison.terminal import console, progress_bar, run_app, waiting, words
+    from sylinit.comparison.terminal import console, progress_bar, run_app, stoppable, waiting, words
 except ImportError as missing:  # pragma: no cover
     raise SystemExit(f"the sylinit command needs more packages: pip install 'sylinit[cli]' ({missing})") from missing
 
@@ -35,7 +38,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="mlp, cnn, resnet20, resnet56, resnet110, resnet18, vit-tiny, or module:factory, "
+        help="mlp, cnn, fcn, resnet20, resnet56, resnet110, resnet18, vit-tiny, or module:factory, "
         "where factory(shape, classes) or factory() returns the model.",
     ),
 ]
@@ -43,7 +46,14 @@ Data = Annotated[
     str,
     typer.Option(
         metavar="DATA",
-        help="digits, a directory of Parquet files or image folders, a hub id, or a .npz file with x and y.",
+        help="digits, a .csv file with a header, a .npz file with x and y, a directory of Parquet files or of a folder "
+        "of images for each class, a hub id (owner/name), or aeon:NAME for a time series that aeon contains.",
+    ),
+]
+Label = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN", help="Column with the target. By default label, y, target or class.", show_default=False
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
@@ -89,8 +99,42 @@ def demo(
 def init(
     model: Model,
     data: Data,
+    label: Label = None,
+    task: Annotated[
+        str, typer.Option(help="multiclass, binary, regression or none; auto reads it off the targets.")
+    ] = "auto",
+    normalize: Annotated[
+        str,
+        typer.Option(
+            help="standard: each channel or column to mean 0 and variance 1; scale: bytes to 0..1; none. "
+            "The file and the report say what was done."
+        ),
+    ] = "standard",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Weights to start from. Only the head is computed then, unless --layers names more.",
+            show_default=False,
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER", help="Layer whose outputs are the predictions. By default it is found.", show_default=False
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERNS",
+            help="Comma-separated patterns of layer names, such as 'blocks.3*,head'; the others keep their weights.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the weights go, as safetensors.")] = Path("weights.safetensors"),
-    report: Annotated[Path | None, typer.Option(help="Where the report goes, as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where the report goes, as JSON.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     samples: Annotated[int, typer.Option(min=2, help="Training samples to compute the weights from.")] = 2000,
     train_size: Annotated[
         int | None,
@@ -98,7 +142,10 @@ def init(
             min=1, help="Samples that the model will be trained on. By default all of DATA.", show_default=False
         ),
     ] = None,
-    code: Annotated[str, typer.Option(help="The latent code; see sylinit.CODES.")] = "mixed",
+    code: Annotated[
+        str | None,
+        typer.Option(help="The latent code; see sylinit.CODES. By default the library's.", show_default=False),
+    ] = None,
     encoding_weight: Annotated[
         float | None,
         typer.Option(
@@ -111,40 +158,78 @@ def init(
     seed: Annotated[int, typer.Option(help="Of the samples and of everything random.")] = 0,
 ) -> None:
     """Compute the weights of MODEL from DATA and write them to a file."""
-    import torch
-    from safetensors.torch import save_model
+    from sylinit.comparison.making import TASKS, compute, prepare
+    from sylinit.comparison.weights import save_weights
 
-    from sylinit.comparison.data import load
-    from sylinit.comparison.models import build
-
+    if task not in TASKS:
+        raise SylinitError(f"--task {task}: expected one of {', '.join(TASKS)}")
     for path in filter(None, (out, report)):
-        if not path.parent.is_dir():
-            raise SylinitError(f"{path}: the directory {path.parent} does not exist; create it first")
-    with waiting("loading data"):
-        dataset = load(data)
-    torch.manual_seed(seed)
-    network = build(model, dataset.shape, dataset.classes)
-    index = torch.randperm(len(dataset.train_y), generator=torch.Generator().manual_seed(seed))[:samples]
-    batches = [(dataset.train_x[index], dataset.train_y[index])]
-    names = ("encoding_weight", "head_encoding_weight")
-    weights = {} if encoding_weight is None else dict.fromkeys(names, encoding_weight)
-    with progress_bar("layers") as progress:
-        result = sylinit.initialize_(
-            network,
-            batches,
-            samples=samples,
-            code=code,
-            train_size=train_size or len(dataset.train_y),
-            config=sylinit.Config(solver=solver, **weights),  # type: ignore[arg-type]
-            generator=torch.Generator().manual_seed(seed),
-            progress=progress,
+        _require_writable(path, force)
+    if encoding_weight is None:
+        config = sylinit.Config(solver=solver)  # type: ignore[arg-type]
+    else:
+        config = sylinit.Config(
+            solver=solver,  # type: ignore[arg-type]
+            encoding_weight=encoding_weight,
+            head_encoding_weight=encoding_weight,
         )
-    save_model(network, str(out))
-    console.print(str(result), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"weights: {out}", highlight=False)
+    options: dict[str, Any] = {"config": config} | ({} if code is None else {"code": code})
+    with stoppable(lambda: "nothing was written; the same command starts again"):
+        made = prepare(model, data, label, task, normalize, weights, samples, seed)
+        result = compute(
+            made,
+            task=task,
+            head_only=weights is not None and layers is None,
+            head=head,
+            layers=None if layers is None else words(layers),
+            train_size=train_size,
+            options=options,
+        )
+        description = made.description(sylinit.__version__, result.headline())
+        save_weights(made.network, out, description)
+        if report is not None:
+            text = json.dumps({**result.to_dict(), "description": description}, indent=2)
+            report.write_text(text + "\n", encoding="utf-8")
+    headline, _, rest = str(result).partition("\n")
+    console.print(headline, highlight=False, markup=False, soft_wrap=True, style="bold")
+    console.print(f"normalization: {made.dataset.normalization}", highlight=False, markup=False, soft_wrap=True)
+    if made.dataset.features:
+        console.print(f"columns: {', '.join(made.dataset.features)}", highlight=False, markup=False, soft_wrap=True)
+    for note in made.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    console.print(rest, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"weights: {out} (how to load them: sylinit info {out})", highlight=False, soft_wrap=True)
     if report is not None:
-        result.to_json(report)
-        console.print(f"report:  {report}", highlight=False)
+        console.print(f"report:  {report}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]sylinit info weights.safetensors[/bold]")
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `sylinit init` wrote.")],
+) -> None:
+    """Say what a weights file was made from, and how to load it."""
+    from sylinit.comparison.making import loading_snippet
+    from sylinit.comparison.weights import read_description
+
+    description, shapes = read_description(file)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(f"{file}: {len(shapes)} tensors, {total:,} numbers")
+    if not description:
+        say("It does not say how it was made; `sylinit init` writes files that do.")
+        return
+    say(
+        f"{description['model']} on {description['data']}, {description['samples']} samples, seed {description['seed']}"
+    )
+    say(description["before"])
+    say(f"samples: shape {description['shape']}")
+    if description["features"]:
+        say(f"columns: {', '.join(description['features'])}")
+    if description["classes"]:
+        say(f"classes: {', '.join(description['classes'])}")
+    say(f"normalization: {description['normalization']['text']}")
+    say(f"made with sylinit {description['sylinit']}\n")
+    say(loading_snippet(file, description))
 
 
 @app.command(epilog="Example: [bold]sylinit compare cnn --data digits --shots 20 --seeds 3[/bold]")
@@ -209,6 +294,15 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can fix are one message and exit code 1, without a traceback."""
     run_app(app, arguments)
+
+
+def _require_writable(path: Path, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise SylinitError(f"{path}: the directory {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise SylinitError(f"{path}: is a directory; name a file in it")
+    if path.exists() and not force:
+        raise SylinitError(f"{path}: is there already; choose another name, or replace it with --force")
 
 
 def _run(plan: Plan, store: Store) -> Comparison:

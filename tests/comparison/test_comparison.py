@@ -24,8 +24,8 @@ from sylinit.comparison.training import Recipe, accuracy, area_under, augment, t
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_map_images_to_logits(name: str) -> None:
-    shape = (3, 64, 64) if name == "resnet18" else (3, 16, 16)
+def test_models_map_samples_to_logits(name: str) -> None:
+    shape = {"resnet18": (3, 64, 64), "fcn": (3, 40)}.get(name, (3, 16, 16))
     model = build(name, shape, 7).eval()
     assert model(torch.randn(2, *shape)).shape == (2, 7)
 
