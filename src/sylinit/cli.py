@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,13 @@ from sylinit import SylinitError
 
 try:
     import typer
-    from rich.table import Table
 
-    from sylinit.comparison.terminal import console, progress_bar, run_app, stoppable, waiting, words
+    from sylinit.comparison.terminal import console, duration, progress_bar, run_app, stoppable, waiting, words
 except ImportError as missing:  # pragma: no cover
     raise SystemExit(f"the sylinit command needs more packages: pip install 'sylinit[cli]' ({missing})") from missing
 
 if TYPE_CHECKING:
-    from sylinit.comparison.plan import Comparison, Plan
-    from sylinit.comparison.store import Store
-    from sylinit.comparison.summary import Row
+    from sylinit.comparison.api import ComparisonResult
 
 app = typer.Typer(
     name="sylinit",
@@ -77,22 +75,34 @@ def common(
 
 @app.command(epilog="Example: [bold]sylinit demo --shots 10 --seeds 5[/bold]")
 def demo(
-    shots: Annotated[int, typer.Option(min=1, help="Labelled examples of each digit.")] = 10,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with other examples.")] = 5,
-    out: Annotated[Path, typer.Option(help="Directory of the figure and the results.")] = Path("sylinit-demo"),
+    shots: Annotated[int, typer.Option(min=1, help="Labeled examples of each digit.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with other examples.")] = 3,
+    out: Annotated[Path, typer.Option(help="Directory of the figure; it is replaced.")] = Path("sylinit-demo"),
     workers: Workers = None,
 ) -> None:
-    """Learn handwritten digits from a few examples, from six initializations. Under a minute."""
-    from sylinit.comparison.experiment import Experiment
-    from sylinit.comparison.plan import Plan
+    """A network computed from data beside the same network trained from random weights. Under a minute."""
+    from sylinit.comparison.demo import draw, find, stories
+    from sylinit.comparison.figures import save
+    from sylinit.comparison.runner import run_plan
     from sylinit.comparison.store import Store
+    from sylinit.comparison.summary import rows
 
-    names = ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit")
-    arms = tuple(Experiment("digits", "mlp", name, shots, epochs=20, setting=(("points", 20),)) for name in names)
-    plan = Plan(arms, grid=(0.003, 0.01, 0.03, 0.1), seeds=tuple(range(seeds)), workers=workers)
-    console.print(f"Handwritten digits, {shots} examples of each, {seeds} seeds; a perceptron of three layers.")
-    comparison = _run(plan, Store(out / "results.jsonl"))
-    _show(comparison, out / "demo", f"Digits from {shots} examples each")
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    told = stories(shots)
+    findings = []
+    with stoppable(lambda: "no figure was drawn; the demo measures everything anew"):
+        for story in told:
+            say(f"{story.title}: every learning rate tuned on held-back data, {seeds} seeds.")
+            with progress_bar("runs") as progress, tempfile.TemporaryDirectory() as folder:
+                plan = story.plan(seeds, workers)
+                finding = find(story, rows(run_plan(plan, Store(Path(folder) / "results.jsonl"), progress)))
+            say(f"  {finding.details}\n")
+            findings.append(finding)
+        files = save(draw(findings), out / "demo")
+    say(f"figure: {files[0]}")
+    if len(told) == 1:
+        say("A time series joins the demo where aeon is installed: pip install aeon")
+    say(f"\n[bold]{findings[0].sentence}[/bold]")
 
 
 @app.command(epilog="Example: [bold]sylinit init resnet20 --data digits --out weights.safetensors[/bold]")
@@ -236,7 +246,9 @@ def info(
 def compare(
     model: Model,
     data: Data,
-    shots: Annotated[int, typer.Option(min=1, help="Labelled examples a class.")] = 50,
+    label: Label = None,
+    task: Annotated[str, typer.Option(help="classification or regression; auto reads it off the targets.")] = "auto",
+    shots: Annotated[int, typer.Option(min=1, help="Labeled examples of each class; in a regression, in all.")] = 50,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with other examples.")] = 3,
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes over the examples, the same for every initialization.")
@@ -254,12 +266,19 @@ def compare(
     The learning rate of each is tuned over one shared grid on training data that is held back; then each is trained on
     the same examples, seed by seed, and measured on the test set, which nothing before has read.
     """
+    import torch
+
+    from sylinit.comparison.api import METRICS, ComparisonResult
     from sylinit.comparison.data import few_shot, held_back, load
     from sylinit.comparison.experiment import Experiment
+    from sylinit.comparison.forecast import forecast, measure
     from sylinit.comparison.initializations import INITIALIZATIONS, check_initialization
-    from sylinit.comparison.models import build, fingerprint
-    from sylinit.comparison.plan import GRIDS, Plan
+    from sylinit.comparison.models import build, check_model, fingerprint
+    from sylinit.comparison.plan import GRIDS, Plan, missing
+    from sylinit.comparison.pool import cores
+    from sylinit.comparison.runner import run_plan
     from sylinit.comparison.store import Store
+    from sylinit.comparison.summary import rows
 
     names = list(INITIALIZATIONS) if initializations == "all" else list(dict.fromkeys(words(initializations)))
     for name in names:
@@ -268,27 +287,50 @@ def compare(
         raise SylinitError(f"--optimizer {optimizer}: expected one of {', '.join(GRIDS)}")
     rates = _numbers(grid, "--grid") if grid else GRIDS[optimizer]
     with waiting("loading data"):
-        dataset = load(data)
+        dataset = load(data, label, task)
     # what cannot work should say so now, not in the middle of a run
-    build(model, dataset.shape, dataset.classes)
+    check_model(build(model, dataset.shape, dataset.classes), dataset, model)
     held_back(dataset.train_y, few_shot(dataset.train_y, shots, 0), 1, 0)
     source = str(Path(data).resolve()) if Path(data).exists() else data
     # results of other data or another model of the same name are not those of these
-    setting = tuple(
-        (key, value) for key, value in (("data", dataset.fingerprint), ("source", fingerprint(model))) if value
-    )
+    given = (("data", dataset.fingerprint), ("source", fingerprint(model)), ("label", label))
+    setting = tuple((key, value) for key, value in (*given, ("targets", task if task != "auto" else None)) if value)
     arms = tuple(
         Experiment(source, model, name, shots, optimizer=optimizer, epochs=epochs, setting=setting) for name in names
     )
-    plan = Plan(arms, grid=rates, seeds=tuple(range(seeds)), workers=workers)
-    size = len(dataset.test_y)
+    processes = workers or cores()
+    plan = Plan(arms, grid=rates, seeds=tuple(range(seeds)), workers=processes)
+    store = Store(out / "results.jsonl")
+    few = f"{shots} examples" + ("" if dataset.task == "regression" else " a class")
     console.print(
-        f"{model} on {data}: {shots} examples of each of {dataset.classes} classes, {epochs} epochs, {seeds} seeds; "
-        f"measured on {size:,} test samples ({dataset.note}).",
+        f"{model} on {data}: {few} ({dataset.classes} outputs), {epochs} epochs, {seeds} seeds; "
+        f"measured on {len(dataset.test_y):,} test samples ({dataset.note}).",
         highlight=False,
+        soft_wrap=True,
     )
-    comparison = _run(plan, Store(out / "results.jsonl"))
-    _show(comparison, out / f"{model.replace(':', '-')}-{shots}", f"{model}, {shots} examples a class")
+    tuning, lacking = len(plan.tuning()), len(missing(plan, store))
+
+    def kept() -> str:
+        done = len(plan) - len(missing(plan, store))
+        return f"{done} of {len(plan)} runs are kept in {store.path}; the same command goes on from there"
+
+    with stoppable(kept):
+        said = f"{tuning} runs to tune, {len(plan) - tuning} to report; {len(plan) - lacking} are done."
+        if lacking:
+            threads = 1 if processes > 1 else torch.get_num_threads()
+            pace = measure(plan.tuning()[0], dataset, lambda: build(model, dataset.shape, dataset.classes), threads)
+            left = partial(forecast, plan, store, pace, dataset, processes)
+            said += f" About {duration(left())} left. Stop it at any time: the same command goes on from there."
+        console.print(said, highlight=False, soft_wrap=True)
+        with progress_bar("runs") as bar:
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar(done, total, what, left() if lacking else None)
+
+            comparison = run_plan(plan, store, progress)
+    result = ComparisonResult(tuple(rows(comparison)), f"{model}, {few}", METRICS[dataset.task])
+    console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+    _save_figures(result, out / f"{model.replace(':', '-')}-{shots}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -305,52 +347,12 @@ def _require_writable(path: Path, force: bool) -> None:
         raise SylinitError(f"{path}: is there already; choose another name, or replace it with --force")
 
 
-def _run(plan: Plan, store: Store) -> Comparison:
-    from sylinit.comparison.plan import missing
-    from sylinit.comparison.runner import run_plan
+def _save_figures(result: ComparisonResult, path: Path) -> None:
+    from sylinit.comparison.figures import save
 
-    tuning, lacking = len(plan.tuning()), len(missing(plan, store))
-    console.print(f"{tuning} runs to tune, {len(plan) - tuning} to report; {len(plan) - lacking} are done.", end=" ")
-    console.print("Stop it at any time: the same command goes on from there." if lacking else "", highlight=False)
-    with progress_bar("runs") as progress:
-        return run_plan(plan, store, progress)
-
-
-def _show(comparison: Comparison, figure: Path, title: str) -> None:
-    """Table, verdict and figures of initializations that were compared on one task."""
-    from sylinit.comparison.figures import before_and_after, learning_curves, save
-    from sylinit.comparison.summary import rows, verdict
-
-    found = rows(comparison)
-    console.print(_table(found, title))
-    console.print(verdict(found), highlight=False, markup=False)
-    files = save(before_and_after(found, title), figure)
-    files += save(learning_curves(found, title), figure.with_name(figure.name + "-curves"))
-    console.print("figures: " + ", ".join(str(file) for file in files if file.suffix == ".png"), soft_wrap=True)
-
-
-def _table(rows: Sequence[Row], title: str) -> Table:
-    from sylinit.comparison.summary import ranked
-
-    table = Table(title=f"{title}: test accuracy (%) ± 95 % interval over seeds", title_justify="left", pad_edge=False)
-    table.add_column("initialization", no_wrap=True)
-    for column in ("before", "after", "mean", "lr", "init s", "all s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for place, row in enumerate(ranked(rows)):
-        after = row.interval("after").percent() + (f" ({row.diverged} diverged)" if row.diverged else "")
-        table.add_row(
-            row.label,
-            row.interval("before").percent(),
-            after,
-            row.interval("area").percent(),
-            f"{row.lr:g}" + (" *" if row.at_edge else ""),
-            f"{row.interval('init_seconds').mean:.2f}",
-            f"{row.interval('total_seconds').mean:.1f}",
-            style="bold" if not place else None,
-        )
-    table.caption = "before, after and mean over training; lr chosen on held-back data (* the grid's first or last)"
-    table.caption_justify = "left"
-    return table
+    files = save(result.plot(), path) + save(result.plot(curves=True), path.with_name(path.name + "-curves"))
+    shown = ", ".join(str(file) for file in files if file.suffix == ".png")
+    console.print(f"figures: {shown}", highlight=False, soft_wrap=True)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

@@ -146,7 +146,7 @@ def compute(
             result = initialize_head_(made.network, batches, progress=progress, config=options["config"], **shared)
         else:
             size = train_size or len(data.train_y)
-            more = {} if layers is None else {"layers": layers, "overwrite": True}
+            more: dict[str, Any] = {} if layers is None else {"layers": layers, "overwrite": True}
             result = initialize_(made.network, batches, progress=progress, train_size=size, **shared, **more, **options)
     if not result.initialized:
         reasons = sorted({layer.reason for layer in result.left_alone if layer.reason})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -143,6 +144,7 @@ MODELS: dict[str, Factory] = {
     "mlp": mlp,
     "cnn": cnn,
     "fcn": fcn,
+    "fcn-small": functools.partial(fcn, widths=(32, 64, 32)),
     "resnet20": cifar_resnet(20),
     "resnet56": cifar_resnet(56),
     "resnet110": cifar_resnet(110),
@@ -190,7 +192,7 @@ def build(spec: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     if not callable(factory):
         raise SylinitError(f"model {spec!r}: module {module_name!r} has no function or class {attribute!r}")
     try:
-        model = factory(shape, classes) if _takes_two(factory) else factory()
+        model = factory(shape, classes) if takes_two(factory) else factory()
     except Exception as error:
         raise SylinitError(
             f"model {spec!r}: calling {attribute} for samples of shape {shape} and {classes} classes failed "
@@ -240,8 +242,8 @@ def construction(spec: str, shape: tuple[int, ...], classes: int) -> str:
     if spec in MODELS:
         return f"from sylinit.comparison.models import build\n\nmodel = build({spec!r}, {shape}, {classes})"
     name, _, attribute = spec.partition(":")
-    takes_two = _takes_two(getattr(importlib.import_module(name), attribute))
-    return f"from {name} import {attribute}\n\nmodel = {attribute}({f'{shape}, {classes}' if takes_two else ''})"
+    arguments = f"{shape}, {classes}" if takes_two(getattr(importlib.import_module(name), attribute)) else ""
+    return f"from {name} import {attribute}\n\nmodel = {attribute}({arguments})"
 
 
 def fingerprint(spec: str) -> str:
@@ -257,10 +259,11 @@ def fingerprint(spec: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _takes_two(factory: Callable[..., object]) -> bool:
+def takes_two(factory: Callable[..., object]) -> bool:
+    """Whether a factory is called with the shape of a sample and the number of classes, or without arguments."""
     try:
         inspect.signature(factory).bind((), 0)
-    except TypeError:
+    except (TypeError, ValueError):  # built-in classes may have no signature
         return False
     return True
 
