@@ -16,7 +16,7 @@ from sylinit import SylinitError
 try:
     import typer
 
-    from sylinit.comparison.terminal import console, duration, progress_bar, run_app, stoppable, waiting, words
+    from sylinit.comparison.terminal import console, duration, progress_bar, quiet, run_app, stoppable, waiting, words
 except ImportError as missing:  # pragma: no cover
     raise SystemExit(f"the sylinit command needs more packages: pip install 'sylinit[cli]' ({missing})") from missing
 
@@ -81,7 +81,7 @@ def demo(
     workers: Workers = None,
 ) -> None:
     """A network computed from data beside the same network trained from random weights. Under a minute."""
-    from sylinit.comparison.demo import draw, find, stories
+    from sylinit.comparison.demo import draw, find, plan_of, stories
     from sylinit.comparison.figures import save
     from sylinit.comparison.runner import run_plan
     from sylinit.comparison.store import Store
@@ -89,20 +89,21 @@ def demo(
 
     say = partial(console.print, highlight=False, soft_wrap=True)
     told = stories(shots)
-    findings = []
+    for story in told:
+        say(story.title)
+    say(f"Trained from every initialization, learning rates tuned on held-back data, {seeds} seeds: under a minute.\n")
     with stoppable(lambda: "no figure was drawn; the demo measures everything anew"):
-        for story in told:
-            say(f"{story.title}: every learning rate tuned on held-back data, {seeds} seeds.")
-            with progress_bar("runs") as progress, tempfile.TemporaryDirectory() as folder:
-                plan = story.plan(seeds, workers)
-                finding = find(story, rows(run_plan(plan, Store(Path(folder) / "results.jsonl"), progress)))
-            say(f"  {finding.details}\n")
-            findings.append(finding)
+        with progress_bar("runs") as progress, tempfile.TemporaryDirectory() as folder:
+            store = Store(Path(folder) / "results.jsonl")
+            found = rows(run_plan(plan_of(told, seeds, workers), store, progress, start_worker=quiet))
+        findings = [find(story, found) for story in told]
         files = save(draw(findings), out / "demo")
-    say(f"figure: {files[0]}")
+    for finding in findings:
+        say(f"{finding.story.name}: {finding.details}\n")
     if len(told) == 1:
         say("A time series joins the demo where aeon is installed: pip install aeon")
-    say(f"\n[bold]{findings[0].sentence}[/bold]")
+    say(f"figure: {files[0]}\n")
+    say(f"[bold]{findings[0].sentence}[/bold]")
 
 
 @app.command(epilog="Example: [bold]sylinit init resnet20 --data digits --out weights.safetensors[/bold]")
@@ -327,7 +328,7 @@ def compare(
             def progress(done: int, total: int, what: str) -> None:
                 bar(done, total, what, left() if lacking else None)
 
-            comparison = run_plan(plan, store, progress)
+            comparison = run_plan(plan, store, progress, start_worker=quiet)
     result = ComparisonResult(tuple(rows(comparison)), f"{model}, {few}", METRICS[dataset.task])
     console.print(str(result), highlight=False, markup=False, soft_wrap=True)
     _save_figures(result, out / f"{model.replace(':', '-')}-{shots}")

@@ -17,6 +17,9 @@ from sylinit.comparison.plan import Plan
 from sylinit.comparison.statistics import interval
 from sylinit.comparison.summary import Row, mean_curve, ranked
 
+GRID = (0.003, 0.01, 0.03, 0.1)
+"""Learning rates that every initialization is tuned over."""
+
 NAMES = {"pytorch": "PyTorch's default", "he-normal": "He", "orthogonal": "orthogonal", "xavier-normal": "Xavier"}
 """What the random initializations are called in figures and sentences."""
 
@@ -33,7 +36,6 @@ class Story:
         model: for `models.build`.
         shots: training samples of each class.
         epochs: passes over them.
-        grid: learning rates that each initialization is tuned over.
         initializations: the random ones; the computed one is added.
     """
 
@@ -44,17 +46,28 @@ class Story:
     model: str
     shots: int
     epochs: int
-    grid: tuple[float, ...]
     initializations: tuple[str, ...]
 
-    def plan(self, seeds: int, workers: int | None) -> Plan:
-        """All runs: rates tuned on training data that is held back, then every seed, measured on the test part."""
+    @property
+    def arms(self) -> tuple[Experiment, ...]:
+        """One experiment for each initialization."""
         setting = (("points", 20),)
-        arms = tuple(
+        return tuple(
             Experiment(self.dataset, self.model, name, self.shots, epochs=self.epochs, setting=setting)
             for name in (*self.initializations, "sylinit")
         )
-        return Plan(arms, grid=self.grid, seeds=tuple(range(seeds)), workers=workers)
+
+
+def plan_of(stories: Sequence[Story], seeds: int, workers: int | None) -> Plan:
+    """All runs: rates tuned on training data that is held back, then every seed, measured on the test part.
+
+    Args:
+        stories: what is told.
+        seeds: repetitions.
+        workers: processes; None is one a core.
+    """
+    arms = tuple(arm for story in stories for arm in story.arms)
+    return Plan(arms, grid=GRID, seeds=tuple(range(seeds)), workers=workers)
 
 
 def stories(shots: int) -> list[Story]:
@@ -72,7 +85,6 @@ def stories(shots: int) -> list[Story]:
             "cnn",
             shots,
             20,
-            (0.003, 0.01, 0.03, 0.1),
             ("pytorch", "he-normal", "orthogonal"),
         )
     ]
@@ -85,8 +97,7 @@ def stories(shots: int) -> list[Story]:
                 "aeon:GunPoint",
                 "fcn-small",
                 15,
-                60,
-                (0.003, 0.01, 0.03, 0.1),
+                80,
                 ("pytorch", "he-normal"),
             )
         )
@@ -154,8 +165,9 @@ def find(story: Story, rows: Sequence[Row]) -> Finding:
 
     Args:
         story: what was run.
-        rows: one for each initialization.
+        rows: of this and of other stories.
     """
+    rows = [row for row in rows if row.method in {arm.method for arm in story.arms}]
     computed = next(row for row in rows if row.label == "sylinit")
     best = next(row for row in ranked(rows) if row is not computed)
     level = computed.interval("before").mean
@@ -185,7 +197,8 @@ def draw(findings: Sequence[Finding]) -> Figure:
         findings: one or more.
     """
     figure = Figure(figsize=(1.5 + 6.2 * len(findings), 5.0), layout="constrained")
-    figure.suptitle("Computed from data, without a training step", fontsize=15, fontweight="bold", x=0.01, ha="left")
+    few = "A computed network" if len(findings) == 1 else "Two computed networks"
+    figure.suptitle(f"{few} against training from random weights", fontsize=15, fontweight="bold", x=0.01, ha="left")
     for axes, finding in zip(np.atleast_1d(figure.subplots(1, len(findings))), findings, strict=True):
         _panel(axes, finding)
     return figure
@@ -201,13 +214,12 @@ def _panel(axes: Axes, finding: Finding) -> None:
         x = [epoch / finding.story.epochs * steps for epoch, _ in points]
         y = np.array([100 * value.mean for _, value in points])
         ours = row.label == "sylinit"
-        axes.plot(x, y, color=color, linewidth=1.4 if ours else 2.2, linestyle=":" if ours else "-", zorder=2)
-        if len(row.records) > 2:
-            half = np.array([100 * value.half for _, value in points])
-            band = np.clip(y - half, 0, 100), np.clip(y + half, 0, 100)
-            axes.fill_between(x, *band, color=color, alpha=0.10, linewidth=0)
-        names.append((y[-1], "computed, then trained" if ours else f"random: {NAMES[row.label]}", color))
-    axes.axhline(level, color=OURS[0], linewidth=2.6, zorder=3)
+        axes.plot(x, y, color=color, linewidth=1.8 if ours else 2.4, linestyle=":" if ours else "-", zorder=3)
+        for record in row.records:
+            single = [100 * accuracy for _, accuracy in record.result["curve"]]
+            axes.plot(x, single, color=color, linewidth=0.8, alpha=0.3, linestyle=":" if ours else "-", zorder=2)
+        names.append((y[-1], "computed, then trained" if ours else f"random weights ({NAMES[row.label]})", color))
+    axes.axhline(level, color=OURS[0], linewidth=2.8, zorder=4)
     axes.plot(0, level, "o", color=OURS[0], markersize=11, clip_on=False, zorder=5)
     axes.annotate(
         f"computed: {level:.1f} % in {finding.seconds:.1f} s, 0 steps", (0, level), xytext=(10, 9),
@@ -217,10 +229,22 @@ def _panel(axes: Axes, finding: Finding) -> None:
         color = looks[finding.best.label]["color"]
         axes.plot(finding.crossing, level, "o", color="white", markeredgecolor=color, markersize=10, mew=2.5, zorder=6)
         axes.annotate(
-            f"caught up after {finding.crossing} steps", (finding.crossing, level), xytext=(0, -42), ha="center",
-            textcoords="offset points", fontsize=10, color=color, arrowprops={"arrowstyle": "-", "color": color},
+            f"{NAMES[finding.best.label]} catches up after {finding.crossing} steps", (finding.crossing, level),
+            xytext=(0, -42), ha="center", textcoords="offset points", fontsize=10, color=color,
+            arrowprops={"arrowstyle": "-", "color": color},
         )  # fmt: skip
-    axes.set(xlabel="training steps", ylabel="test accuracy (%)", xlim=(0, steps), ylim=(0, 109))
+    else:
+        axes.annotate(
+            f"not reached in {steps} steps", (1, level), xycoords=("axes fraction", "data"), xytext=(-4, 7), ha="right",
+            textcoords="offset points", color=OURS[0], fontsize=10,
+        )  # fmt: skip
+    seeds = len(finding.best.records)
+    axes.set(
+        xlabel=f"training steps (bold: mean of {seeds} seeds, thin: each)",
+        ylabel="test accuracy (%)",
+        xlim=(0, steps),
+        ylim=(0, 109),
+    )
     axes.set_yticks(range(0, 101, 20))
     axes.set_title(finding.story.title, fontsize=11, loc="left")
     axes.grid(alpha=0.25)

@@ -90,6 +90,11 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def quiet() -> None:
+    """Ignore warnings of sylinit, in a process whose results say what they would."""
+    warnings.simplefilter("ignore", SylinitWarning)
+
+
 @contextmanager
 def plain_warnings() -> Iterator[None]:
     """Print warnings of sylinit as one line each, once; there is no line of the user's that they could point at."""
