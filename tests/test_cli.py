@@ -290,12 +290,62 @@ def test_compare_takes_no_results_of_other_data_or_another_model_of_the_same_nam
     assert done == ["0", "4", "0", "0"]
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(capsys, "demo", "--seeds", "1", "--shots", "2", "--workers", "1", "--out", tmp_path)
+def test_compare_serves_mappings_and_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("wrappers_of_a_user.py").write_text(
+        "from torch import nn\n"
+        "class Wrapped(nn.Module):\n"
+        "    def __init__(self, shape, classes):\n"
+        "        super().__init__()\n"
+        "        self.body = nn.Linear(shape[0], classes)\n"
+        "    def forward(self, x): return {'logits': self.body(x)}\n"
+    )
+    x = np.random.default_rng(0).normal(size=(80, 5))
+    np.savetxt("t.csv", np.c_[x, x[:, 0] + 0.1 * x[:, 1]], delimiter=",", header="a,b,c,d,e,price", comments="")
+    code, out, _ = call(
+        capsys, "compare", "wrappers_of_a_user:Wrapped", "--data", "t.csv", "--label", "price", "--shots", "40",
+        "--seeds", "1", "--epochs", "2", "--initializations", "pytorch,sylinit", "--grid", "0.01", "--workers", "1",
+        "--out", tmp_path / "o",
+    )  # fmt: skip
     assert code == 0
-    for name in ("he-uniform", "he-normal", "xavier-uniform", "xavier-normal", "orthogonal", "sylinit"):
-        assert name in out
-    assert str(tmp_path / "demo.png") in out.replace("\n", "")
+    assert "test explained variance (%)" in out
+    assert "Best after training" in out
+
+
+def test_compare_says_on_ctrl_c_what_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sylinit.comparison import store
+
+    real = store.Store.add
+
+    def interrupted(self: store.Store, *arguments: Any) -> Any:
+        real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sylinit.comparison.store.Store.add", interrupted)
+    code, _, err = call(
+        capsys, "compare", "mlp", "--data", "digits", "--shots", "2", "--seeds", "1", "--epochs", "1",
+        "--initializations", "he-normal,sylinit", "--grid", "0.01", "--workers", "1", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 130
+    assert f"1 of 4 runs are kept in {tmp_path / 'results.jsonl'}; the same command goes on from there" in err
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from sylinit.comparison import demo
+
+    short = demo.Story("digits", "Digits", "reads {score} of them", "digits", "mlp", 2, 2, ("pytorch", "he-normal"))
+    monkeypatch.setattr("sylinit.comparison.demo.stories", lambda shots: [short])
+    code, out, _ = call(capsys, "demo", "--seeds", "1", "--workers", "1", "--out", tmp_path)
+    assert code == 0
+    assert (tmp_path / "demo.png").stat().st_size > 1000
+    assert str(tmp_path / "demo.png") in out
+    last = out.strip().splitlines()[-1]
+    assert re.fullmatch(r"Computed in \d\.\d s without a training step, the network reads \d+\.\d% of them; .*\.", last)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def compare(
     held_back(dataset.train_y, few_shot(dataset.train_y, shots, 0), 1, 0)
     source = str(Path(data).resolve()) if Path(data).exists() else data
     # results of other data or another model of the same name are not those of these
-    given = (("data", dataset.fingerprint), ("source", fingerprint(model)), ("label", label))
+    given = (("data", dataset.fingerprint), ("source", fingerprint(model)), ("column", label))
     setting = tuple((key, value) for key, value in (*given, ("targets", task if task != "auto" else None)) if value)
     arms = tuple(
         Experiment(source, model, name, shots, optimizer=optimizer, epochs=epochs, setting=setting) for name in names

@@ -151,12 +151,12 @@ class Finding:
         others = ", ".join(
             f"{NAMES[row.label]} {row.interval('after').percent()}" for row in ranked(self.rows) if row is not computed
         )
-        reached = "reached it in" if self.crossing is not None else "did not reach it in"
+        reached = "caught up in" if self.crossing is not None else "did not catch up in"
         return (
             f"accuracy (%) on {computed.records[0].result['evaluated']} test samples, {len(computed.records)} seeds: "
             f"computed {computed.interval('before').percent()}, and trained from there "
             f"{computed.interval('after').percent()}; random weights, trained: {others}. "
-            f"{NAMES[self.best.label]} {reached} {self.crossing_seconds:.1f} s of training."
+            f"The best of these, {NAMES[self.best.label]}, {reached} {self.crossing_seconds:.1f} s of training."
         )
 
 

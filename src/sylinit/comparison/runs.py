@@ -33,7 +33,7 @@ class Subset:
 
 def data_of(experiment: Experiment) -> Dataset:
     """The data that an experiment names, read as it says."""
-    label, task = experiment.get("label"), experiment.get("targets")
+    label, task = experiment.get("column"), experiment.get("targets")
     return load(experiment.dataset, label, task or "auto")
 
 

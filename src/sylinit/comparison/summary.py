@@ -148,6 +148,6 @@ def _lead(best: Row, runner_up: Row, metric: str) -> str:
         return f"The next, {runner_up.label}, was run on other seeds."
     size = f"It is {lead.percent()} points above the next, {runner_up.label}"
     if lead.n < FEW:
-        return f"{size}. {lead.n} seed{'s' * (lead.n > 1)} say too little of chance; run {FEW} or more for an interval."
+        return f"{size}. With fewer than {FEW} seeds there is no interval; run more."
     sure = "a clear winner" if lead.low > 0 else "not a clear winner, run more seeds"
     return f"{size} (paired over {lead.n} seeds, 95 % interval): {sure}."
