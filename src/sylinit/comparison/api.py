@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import html
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,8 +125,11 @@ class ComparisonResult:
         return f"<ComparisonResult: {self.verdict.splitlines()[0]}>"
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
-        return f"<pre>{html.escape(str(self))}</pre>"
+        """For notebooks: table, verdict and figure."""
+        picture = io.BytesIO()
+        self.plot().savefig(picture, format="png", dpi=100)
+        encoded = base64.b64encode(picture.getvalue()).decode()
+        return f'<pre>{html.escape(str(self))}</pre><img alt="before and after" src="data:image/png;base64,{encoded}">'
 
 
 def compare(

@@ -45,7 +45,8 @@ def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
         warm = label.startswith("sylinit")
         family = OURS if warm else OTHERS
         first = LOOKS[label] if label in LOOKS else crc32(label.encode())
-        looks = [(family[(first + step) % len(family)], MARKERS[(first + step) % len(MARKERS)]) for step in range(99)]
+        marks = MARKERS[not warm :]
+        looks = [(family[(first + step) % len(family)], marks[(first + step) % len(marks)]) for step in range(99)]
         taken = [look["color"] for look in found.values()]
         color, marker = next((look for look in looks if look[0] not in taken), looks[0])
         found[label] = {"color": color, "marker": marker}
@@ -79,7 +80,7 @@ def before_and_after(rows: Sequence[Row], title: str, name: str = "accuracy") ->
     axes.set(title=title, ylim=(-0.7, len(ordered) - 0.3), xlim=(0, 100))
     bars_there = any(_half(row.interval("after"), 1) is not None for row in rows)
     explained = "\nbars are 95 % intervals over seeds" if bars_there else ""
-    axes.set_xlabel(f"{name} (%): hollow before any training, full after (and in figures){explained}")
+    axes.set_xlabel(f"{name} (%): hollow before any training, full after (the value at the right){explained}")
     _plain(axes, "x")
     return figure
 
@@ -134,6 +135,7 @@ def lines(
         axes.minorticks_off()
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
     if log_y:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # all nine of a decade would overlap
