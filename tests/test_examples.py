@@ -97,3 +97,12 @@ def test_the_notebook_runs_cell_by_cell_and_shows_its_reports():
     assert said["random weights"] < 30
     assert said["computed, not trained"] > 85
     assert said["even or odd, head computed"] > 85
+
+
+def test_the_notebook_is_type_checked(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    program = tmp_path / "quickstart.py"
+    program.write_text("\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    said, errors, status = api.run(["--config-file", str(NOTEBOOK.parents[1] / "pyproject.toml"), str(program)])
+    assert status == 0, said + errors

@@ -70,7 +70,7 @@ def recipe(experiment: Experiment, shape: tuple[int, ...]) -> Recipe:
     """How an experiment trains. Color images are mirrored; digits and letters must not be."""
     fields = {f.name for f in dataclasses.fields(Recipe)}
     given = {key: value for key, value in experiment.setting if key in fields}
-    values = {
+    values: dict[str, Any] = {
         "flip": len(shape) == 3 and shape[0] == 3,
         "points": 5,
         **given,
