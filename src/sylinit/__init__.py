@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
+from sylinit.data.score import Before, Score
 from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.initialize import initialize_, initialize_head_
 from sylinit.layers.registry import register_layer
@@ -22,7 +23,6 @@ from sylinit.layers.view import LayerView
 from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
-from sylinit.score import Before, Score
 
 if TYPE_CHECKING:
     from sylinit.comparison.api import compare

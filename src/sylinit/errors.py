@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 
+ROOT = "(the model itself)"
+"""The name of a module that is the whole model, in messages and reports."""
+
 
 class SylinitError(ValueError):
     """Bad input to a sylinit function.
