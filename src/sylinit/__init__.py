@@ -11,6 +11,8 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
 from sylinit.data.score import Before, Score
@@ -22,7 +24,10 @@ from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
 
-__version__ = "0.2.0.dev0"
+if TYPE_CHECKING:
+    from sylinit.comparison.api import compare
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CODES",
@@ -39,6 +44,7 @@ __all__ = [
     "SylinitError",
     "SylinitWarning",
     "UnsupportedLayerError",
+    "compare",
     "initialize_",
     "initialize_head_",
     "mixed",
@@ -47,3 +53,16 @@ __all__ = [
     "solve_sylvester",
     "sylvester_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`compare` is loaded when it is used: it needs ``sylinit[cli]``, and importing sylinit stays light."""
+    if name != "compare":
+        raise AttributeError(f"module 'sylinit' has no attribute {name!r}")
+    try:
+        from sylinit.comparison.api import compare
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"sylinit.compare needs more packages ({missing.name}): pip install 'sylinit[cli]'", name=missing.name
+        ) from missing
+    return compare
