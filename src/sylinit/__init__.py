@@ -13,13 +13,14 @@ Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylves
 
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
-from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
+from sylinit.errors import MissingPackageError, SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.initialize import initialize_, initialize_head_
 from sylinit.layers.registry import register_layer
 from sylinit.layers.view import LayerView
 from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
+from sylinit.saving import Saved, load, save
 from sylinit.score import Before, Score
 
 __version__ = "0.2.0.dev0"
@@ -32,8 +33,10 @@ __all__ = [
     "LayerReport",
     "LayerView",
     "LinearCode",
+    "MissingPackageError",
     "ProcessFailedError",
     "Report",
+    "Saved",
     "Score",
     "Solution",
     "SylinitError",
@@ -41,9 +44,11 @@ __all__ = [
     "UnsupportedLayerError",
     "initialize_",
     "initialize_head_",
+    "load",
     "mixed",
     "register_code",
     "register_layer",
+    "save",
     "solve_sylvester",
     "sylvester_",
 ]
