@@ -113,7 +113,8 @@ def make_plan(
         held = few and _feeds_normalization(view)
         code = _with_targets(code_of(view.name), view.name, heads.told)
         sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
-    _refuse_quantized(left, modules, chosen)
+    if not wish.heads_only:  # a quantized body is no hindrance to its head
+        _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]
     if not sites:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
