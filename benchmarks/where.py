@@ -18,20 +18,20 @@ from statistics import median
 from typing import Any
 
 import torch
+from sylinit.data.targets import describe
 
 import sylinit
 from harness import Results, ceilings, seconds
 from one_pass import Batches, cases
 from sylinit import initialize as engine
 from sylinit.config import Config
-from sylinit.data.targets import describe
 from sylinit.initialize import default_rows
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import hypotheses
 from sylinit.plan import make_plan
 from sylinit.solvers import exact, projected
 from sylinit.solvers.projected import subspace_rank
-from sylinit.statistics.patch_moments import share_for_all
+from sylinit.statistics.patch_moments import equal_cost_share
 from sylinit.statistics.rows import Gathered
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -85,7 +85,7 @@ def operations(model: torch.nn.Module, batches: Batches, report: sylinit.Report)
         (view,) = hypotheses(model.get_submodule(record.name), record.name)[0]
         share = 1.0
         if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim, Config()):
-            share = share_for_all(view)  # all patches are read, not a sample of them
+            share = equal_cost_share(view)  # all patches are read, not a sample of them
         components = code.with_label_share(Config(), normalized=False).leading_components(units)
         assert components is not None
         rank = subspace_rank(components)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
+from sylinit.config import Config
 from sylinit.errors import SylinitError
 
 
@@ -46,7 +47,8 @@ X, Y = vectors()
         (None, ["got NoneType"]),
         ([()], ["batch 0 is an empty tuple"]),
         ([{}], ["batch 0 holds no tensor"]),
-        ([("a", "b")], ["batch 0 holds no tensor", "forward="]),
+        ([("a", "b")], ["'input 0' of batch 0 holds text", "tokenizer", "forward="]),
+        ([{"text": ["a", "b"], "labels": Y[:2]}], ["'text' of batch 0 holds text", "forward="]),
         ([None], ["batch 0 holds no tensor"]),
         ([(X, Y), (X[:0], Y[:0])], ["batch 1 is empty", r"\[0, 12\]", "drop it"]),
         ([(X[:0], Y[:0])], ["batch 0 is empty"]),
@@ -58,7 +60,6 @@ X, Y = vectors()
         ([(X, Y), (X, Y.double())], ["target of batch 1", "one kind"]),
         ([(X, X[:, :3]), (X, X[:, :4])], ["target of batch 1", r"\[60, 4\]", r"\[60, 3\]", "one kind"]),
         ([(X.expand(6, 60, 12), Y)], ["6 samples", "forward=lambda model, batch"]),
-        ([(X[2:3], Y[2:3])], ["1 row", "at least 2", "pass more samples"]),
         ([(X[0], Y)], ["12 samples|60|dimension"]),
         ([(X, Y[:59])], ["batch 0 has 60 samples", r"\[59\]", "count the samples"]),
         ([(X, Y[0])], ["batch 0 has 60 samples", r"shape \[\]"]),
@@ -101,7 +102,20 @@ def test_integer_one_hot_labels_are_warned_of():
 def test_a_single_row_that_only_a_late_layer_meets():
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     x, y = images(1)
-    refused(model, [(x, y)], "layer '3'", "1 row", "at least 2", head="3")
+    report = sylinit.initialize_(model, [(x, y)], head="3")
+    assert report["0"].action == "initialized"
+    assert report["3"].action == "left alone"
+    assert "1 row of input" in report["3"].reason
+    assert "at least 2" in report["3"].reason
+
+
+def test_a_single_sample_initializes_nothing():
+    model = small_mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    report = sylinit.initialize_(model, [(X[2:3], Y[2:3])])
+    assert not report.initialized
+    assert all("1 row of input" in layer.reason for layer in report.left_alone)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 class TwoInputs(nn.Module):
@@ -181,11 +195,13 @@ def test_layers_that_select_nothing():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        *[({"encoding_weight": v}, ["encoding_weight", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
-        *[({"variance": v}, ["variance", "positive"]) for v in (0, -1.0, float("inf"), float("nan"))],
-        *[({"rows": v}, ["rows", "at least 2", "'all'"]) for v in (0, 1, -5, 2.5, "some", True)],
+        *[({"samples": v}, ["samples", "integer of at least 2"]) for v in (0, 1, -5, 2.5, "some", True, None)],
+        *[({"target": v}, ["target must be a key", "function of a batch"]) for v in (3, [1])],
+        *[({"mask": v}, ["mask must be a key", "function of a batch"]) for v in (3, [1])],
+        ({"target": "y"}, ["target='y'", "tuple, which has no keys", "function of the batch"]),
+        ({"mask": lambda batch: batch[0][:3]}, ["mask: expected a tensor", "60 samples", r"\[3, 12\]"]),
+        *[({"config": v}, ["config must be a sylinit.Config"]) for v in (3, None, {"rows": 3})],
         *[({"train_size": v}, ["train_size", "positive integer"]) for v in (0, -5, 2.5, "some", True)],
-        ({"encoding_weight": "1"}, ["encoding_weight", "'?1'?"]),
         ({"head": "1"}, ["head='1'", "no layer"]),
         ({"head": 3}, ["head"]),
         ({"code": torch.randn(59, 4)}, ["59 rows", "60 calibration samples"]),
@@ -222,7 +238,7 @@ def test_a_code_function_that_returns_nan():
 
 
 def test_a_code_function_that_asks_for_something_unknown():
-    refused(small_mlp(), [(X, Y)], "layer '0'", "colour", code=lambda x, colour: x)
+    refused(small_mlp(), [(X, Y)], "layer '0'", "color", code=lambda x, color: x)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -240,7 +256,7 @@ def test_a_meta_parameter():
     refused(model, [(X, Y)], "layer '2' is on the meta device", "to_empty")
     with torch.device("meta"):
         model = small_resnet()
-    refused(model, [images()], "layer '0' is on the meta device", "materialise")
+    refused(model, [images()], "layer '0' is on the meta device", "materialize")
 
 
 class Integers(nn.Module):
@@ -255,22 +271,22 @@ class Integers(nn.Module):
         return x @ self.weight.to(x).T * self.scale
 
 
-def test_an_integer_quantised_layer():
+def test_an_integer_quantized_layer():
     model = small_mlp()
     model[2] = Integers()
-    refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising", "layers=")
+    refused(model, [(X, Y)], "layer '2'", "quantized", "before quantizing", "layers=")
     report = sylinit.initialize_(model, [(X, Y)], layers=["0", "4"])
     assert {layer.name for layer in report.initialized} == {"0", "4"}
     assert report["2"].action == "left alone"
 
 
-def test_a_dynamically_quantised_layer():
+def test_a_dynamically_quantized_layer():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantised = pytest.importorskip("torch.ao.nn.quantized.dynamic")
+        quantized = pytest.importorskip("torch.ao.nn.quantized.dynamic")
         model = small_mlp()
-        model[2] = quantised.Linear(16, 8)
-    refused(model, [(X, Y)], "layer '2'", "quantised", "before quantising")
+        model[2] = quantized.Linear(16, 8)
+    refused(model, [(X, Y)], "layer '2'", "quantized", "before quantizing")
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(8), nn.LazyConv2d(6, 3), nn.LazyBatchNorm1d()])
@@ -280,15 +296,18 @@ def test_lazy_modules(lazy):
     refused(model, [(X, Y)], "layer '1'", "lazy", "run one batch through", layers="0")
 
 
-@pytest.mark.parametrize(
-    "model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(12), nn.BatchNorm1d(12), nn.Embedding(5, 3)]
-)
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(12), nn.BatchNorm1d(12)])
 def test_a_model_without_any_layer(model):
-    refused(model, [(X, Y)], "no layer to initialise")
+    refused(model, [(X, Y)], "no layer to initialize")
+
+
+def test_a_model_that_only_looks_up():
+    refused(nn.Embedding(5, 3), [(Y, Y)], "no layer to initialize", "lookup table")
 
 
 def test_a_layer_of_complex_numbers_alone():
-    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), [(X, Y)], "no layer to initialise", "real|complex")
+    batches = [(X.to(torch.complex64), Y)]
+    refused(nn.Sequential(nn.Linear(12, 3, dtype=torch.complex64)), batches, "no layer to initialize", "real|complex")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 3e4])
@@ -296,7 +315,7 @@ def test_constant_inputs_are_left_as_they_were_and_the_report_says_so(value):
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     before = [p.detach().clone() for p in model.parameters()]
     for rows in (None, "all", 5):
-        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], rows=rows)
+        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], config=Config(rows=rows))
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert "constant" in report["0"].reason
         assert "left alone: 0" in str(report)

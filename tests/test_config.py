@@ -22,6 +22,10 @@ def test_every_field_is_documented_and_has_a_range():
     assert documented[: len(names)] == names
 
 
+POSITIVE = ("encoding_weight", "variance", "logit_deviation", "norm_scale")
+WRONG = (0, -1.0, float("inf"), float("nan"), "1")
+
+
 def test_a_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         Config().variance = 2.0  # type: ignore[misc]
@@ -44,6 +48,8 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
         ({"solver": "projected"}, "solver must be 'auto' or 'exact', got 'projected'"),
         ({"variance": 0.0}, "variance must be a positive finite number, got 0.0"),
         ({"filter_length": 0}, "filter_length must be a positive finite number or None, got 0"),
+        *[({name: v}, f"{name} must be a positive finite number, got {v!r}") for name in POSITIVE for v in WRONG],
+        *[({"rows": v}, "rows must be an integer of at least 2, 'all' or None") for v in (0, 1, -5, 2.5, "some", True)],
         ({"max_steps": 2.0}, "max_steps must be an integer of at least 1, got 2.0"),
     ],
 )

@@ -6,14 +6,14 @@ A head is found by following the trial run to the model's output, not by the ord
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from sylinit.data.calibration import CalibrationSet, reconstructed
 from sylinit.data.goals import Goal
-from sylinit.data.tasks import HeadShape, Task
+from sylinit.data.tasks import Facts, HeadShape, Task
 from sylinit.errors import SylinitError, warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
@@ -88,6 +88,9 @@ def find_heads(
         return _reconstruction(makers, head, task, data, trace)
     if head is None:
         return _told_only(views, makers, task, classes, data, trace)
+    notes: list[str] = []
+    if not chosen and not facts.real:
+        makers, notes = _not_too_wide(makers, views, int(facts.largest) + 1, classes, trace)
     goals, failure = {}, None
     for view in makers:
         try:
@@ -99,8 +102,27 @@ def find_heads(
     if goals and not chosen:
         goals = _of_one_width(goals, facts.largest if not facts.real else None, trace)
     if goals:
-        return _heads(goals)
-    return _none_found(views, makers, failure, task, classes, data, trace)
+        return replace(_heads(goals), notes=tuple(notes))
+    return _none_found(views, makers, failure, facts, task, classes, data, trace)
+
+
+def _not_too_wide(
+    makers: Sequence[LayerView], views: Sequence[LayerView], seen: int, classes: int | None, trace: Trace
+) -> tuple[list[LayerView], list[str]]:
+    """The layers that made the output, less those that are wider than the classes where an unreached layer fits them.
+
+    A layer may well have more outputs than the sample has classes. With many more, a note says so.
+    """
+    unreached = [view for view in views if module_name(view) not in trace.seen and view.units == (classes or seen)]
+    wide = [view for view in makers if view.units > max(2, seen)]
+    if unreached and wide:
+        return [view for view in makers if view not in wide], []
+    many = [view for view in wide if view.units > 2 * seen and classes is None]
+    return list(makers), [
+        f"the labels are 0 to {seen - 1}, and {view.name!r}, which makes the output, has {view.units} outputs; if "
+        "it is not the head, pass head=None or the head's name, and if it is, classes= says so"
+        for view in many[:1]
+    ]
 
 
 def _named(name: str, views: Sequence[LayerView]) -> LayerView:
@@ -144,14 +166,20 @@ def _reconstruction(makers: Sequence[LayerView], head: Any, task: str, data: Cal
     """The head of an autoencoder: asked for, or seen by an output of the input's shape."""
     if task not in ("auto", "reconstruction", "next-token"):
         raise SylinitError(f"task={task!r}: the batches have no targets; pass batches of (x, y), or target=")
-    if task == "next-token" or head is None or not makers:
+    if head is None or not makers:
         return Heads({}, None, NO_TASK)
+    if task == "next-token":
+        return _heads({makers[0]: data.next_tokens(_shape(makers[0], trace))})
     x = reconstructed(data.batches[0])
     alike = x is not None and any(out.real and out.shape[1:] == tuple(x.shape[1:]) for out in trace.outputs[:1])
     if task == "auto" and not alike:
         return Heads({}, None, NO_TASK)
-    goal = data.reconstruction(_shape(makers[0], trace), "reconstruction")
-    return _heads({makers[0]: goal})
+    try:
+        return _heads({makers[0]: data.reconstruction(_shape(makers[0], trace), "reconstruction")})
+    except SylinitError:
+        if task == "auto":  # an output of the input's shape by another way
+            return Heads({}, None, NO_TASK)
+        raise
 
 
 def _told_only(
@@ -176,6 +204,7 @@ def _none_found(
     views: Sequence[LayerView],
     makers: Sequence[LayerView],
     failure: SylinitError | None,
+    facts: Facts,
     task: str,
     classes: int | None,
     data: CalibrationSet,
@@ -187,12 +216,17 @@ def _none_found(
             f"no head was computed: the forward pass makes layers ({', '.join(trace.made)}), which it undoes here; run "
             "the model once, so that they exist, and initialize then"
         )
-    elif failure is not None:
+    elif failure is not None and not facts.real:
         raise failure
+    elif failure is not None:
+        note = f"no head was computed: {str(failure).removeprefix('head: ')}"
     else:
         last = next((view for view in reversed(views) if module_name(view) in trace.seen), None)
         note = "no layer that sylinit can compute makes the model's output, so none was taken for the head"
-        if last is not None:
+        missed = [view.name for view in views if module_name(view) not in trace.seen]
+        if missed:
+            note += f"; the data never reached {', '.join(map(repr, missed[:3]))}: let forward= run the whole model"
+        elif last is not None:
             note += (
                 f"; if {last.name!r} ({last.units} outputs) is the head, pass head={last.name!r}, otherwise head=None"
             )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sylinit.codes import HEAD
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
 from sylinit.data.calibration import calibration_set
@@ -25,8 +26,9 @@ from sylinit.inventory import Inventory, take_inventory
 from sylinit.judge import judge
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
+from sylinit.layers.registry import is_stock
 from sylinit.plan import Plan, Wish, make_plan
-from sylinit.report import LayerReport, Report
+from sylinit.report import ROOT, LayerReport, Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.offload import Offload
@@ -100,8 +102,8 @@ def initialize_(
             or a mapping from name pattern to any of these. Without labels the default falls back to "pca".
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
-        head: the name of the layer whose outputs are the logits or predictions, a list of names, or a mapping from names
-            to targets (keys of the batch, indices among several targets, functions of the batch, tensors of all
+        head: the name of the layer whose outputs are the logits or predictions, a list of names, or a mapping from
+            names to targets (keys of the batch, indices among several targets, functions of the batch, tensors of all
             samples); "auto" takes the layers that the trial run saw make the model's output, if their width fits the
             targets; None for none.
         train_size: how many samples the model will be trained on; None means ``len(loader.dataset)`` or, of a list, as
@@ -226,6 +228,7 @@ def _initialize(
                 data = calibration_set(read, processes, seed, source.ignore_index)
                 inventory = processes.together(lambda: take_inventory(model))
                 model.eval()
+                torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
                     plan = make_plan(model, inventory, seen, wish, data, config)
@@ -273,7 +276,8 @@ def _trial(
         def call(raw: Any) -> Any:
             return _call(model, reader.parse(raw), forward)
 
-        return trace(model, candidates, call, part.raw, part.samples, transaction.rewind)
+        with _checked_inputs(inventory):
+            return trace(model, candidates, call, part.raw, part.samples, transaction.rewind)
 
     def local() -> Trace:
         few = some_samples(batch, reader, SAMPLES)
@@ -286,6 +290,29 @@ def _trial(
             return on(batch)
 
     return processes.agree(local)[0]
+
+
+@contextmanager
+def _checked_inputs(inventory: Inventory) -> Iterator[None]:
+    """Refuse, by the layer's name, what the forward of a layer of PyTorch's own would refuse."""
+    sites: list[Site] = [NormalizationSite(name or ROOT, norm) for name, norm in inventory.norms.items()]
+    for candidate in inventory.candidates:
+        if is_stock(candidate.module):  # what another computes, and from what, is to be seen
+            sites += [MatrixSite(view, HEAD, "units") for view in candidate.hypotheses[0]]
+
+    def looking(site: Site) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            site.input(args, kwargs)
+
+        return look
+
+    ahead = [site for site in sites if not site.behind]
+    hooks = [site.module.register_forward_pre_hook(looking(site), with_kwargs=True) for site in ahead]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Pass:
@@ -332,7 +359,6 @@ class _Pass:
                 if isinstance(view, AttentionOutputView):
                     behind = self._behind(number, view)  # before the user's hooks, which expect the real output
                     self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
-        torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
 
         def run(number: int) -> None:
             with self.offload.lane(number) if self.offload else nullcontext():
@@ -485,6 +511,10 @@ def _check_arguments(
     """Refuse arguments of the wrong kind before anything runs."""
     if not isinstance(model, nn.Module):
         raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if type(model).forward is nn.modules.module._forward_unimplemented and source.forward is None:
+        raise SylinitError(
+            f"model: {type(model).__name__} has no forward; pass forward=lambda model, batch: ... that runs it"
+        )
     if not isinstance(config, Config):
         raise SylinitError(f"config must be a sylinit.Config, got {config!r}")
     if wish.task not in ("auto", *TASKS):
@@ -493,7 +523,8 @@ def _check_arguments(
     names = isinstance(head, (list, tuple, Mapping)) and head and all(isinstance(name, str) for name in head)
     if not (head is None or isinstance(head, str) or names):
         raise SylinitError(
-            f"head must be the name of a layer, a list of names, a mapping from names to targets, 'auto' or None, got {head!r}"
+            "head must be the name of a layer, a list of names, a mapping from names to targets, 'auto' or None, got "
+            f"{head!r}"
         )
     if not (isinstance(count, int) and not isinstance(count, bool) and count >= 2):
         raise SylinitError(f"samples must be an integer of at least 2, got {count!r}")
@@ -505,7 +536,9 @@ def _check_arguments(
         raise SylinitError(f"offload must be True, False or 'disk', got {offload!r}")
     for name, number in (("classes", wish.classes), ("ignore_index", source.ignore_index)):
         whole = isinstance(number, int) and not isinstance(number, bool)
-        if not (whole and (name == "ignore_index" or number > 0)) and not (number is None and name == "classes"):
+        if not (whole and (name == "ignore_index" or int(number or 0) > 0)) and not (
+            number is None and name == "classes"
+        ):
             raise SylinitError(f"{name} must be an integer, got {number!r}")
     for name, value in (("target", source.target), ("mask", source.mask)):
         if not (value is None or isinstance(value, str) or callable(value)):

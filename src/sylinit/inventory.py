@@ -69,11 +69,11 @@ def take_inventory(model: nn.Module) -> Inventory:
 
 
 def _require_materialized(name: str, module: nn.Module) -> None:
-    """Refuse modules without numbers: running the model would fail, or fill them at random, differently in each process."""
+    """Refuse modules without numbers: running the model would fail, or fill them at random in each process."""
     if is_lazy(module):
         raise SylinitError(
-            f"layer {name!r} ({type(module).__name__}) is lazy and not materialized yet; run one batch through the model "
-            "first"
+            f"layer {name!r} ({type(module).__name__}) is lazy and not materialized yet; run one batch through the "
+            "model first"
         )
     if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
         raise SylinitError(

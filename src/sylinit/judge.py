@@ -69,8 +69,9 @@ def _score_of(
 
 def _broken(view: LayerView, promised: float, actual: float) -> str:
     note = (
-        f"head {view.name!r}: its solution promised {promised:.2f} and the model's output gives {actual:.2f}; what comes "
-        "behind the head may change its outputs (averaged, permuted or scaled), or its features differ from call to call"
+        f"head {view.name!r}: its solution promised {promised:.2f} and the model's output gives {actual:.2f}; what "
+        "comes behind the head may change its outputs (averaged, permuted or scaled), or its features differ from call "
+        "to call"
     )
     warn(note)
     return note

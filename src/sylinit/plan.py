@@ -164,7 +164,8 @@ def _reason_to_leave(
         patterns = [part for part in _parts(wish.layers) if isinstance(part, str)]
         if any(matches(pattern, view.name) for pattern in patterns):
             raise SylinitError(
-                f"layer {view.name!r} is frozen (requires_grad=False), and layers= names it; unfreeze it, or leave it out"
+                f"layer {view.name!r} is frozen (requires_grad=False), and layers= names it; unfreeze it, or leave it "
+                "out"
             )
         return "frozen (requires_grad=False)"
     if not is_head and not bool(view.weight().any()):
@@ -190,7 +191,8 @@ def _require_untrained(inventory: Inventory, wish: Wish) -> list[str]:
     trained = [name for name, count in seen.items() if count is not None and int(count) > SEEN_BATCHES]
     if not trained or wish.heads_only:
         return []
-    what = f"the model looks trained ({trained[0]!r} has seen {int(seen[trained[0]])} batches)"  # type: ignore[arg-type]
+    count = int(seen[trained[0]])  # type: ignore[arg-type]
+    what = f"the model looks trained ({trained[0]!r} has seen {count} batches)"
     if wish.layers is None and not wish.overwrite:
         raise SylinitError(
             f"{what}; sylinit.initialize_head_ computes its head alone, layers= some layers, and overwrite=True all of "
@@ -226,8 +228,8 @@ def _depends_on_the_cut(modules: dict[str, nn.Module]) -> list[str]:
     if not names:
         return []
     return [
-        f"{names[0]!r} normalizes by each batch, having no running statistics, and the batches could not be joined: the "
-        "weights depend on how the data is cut; pass one batch, or samples of equal shape"
+        f"{names[0]!r} normalizes by each batch, having no running statistics, and the batches could not be joined: "
+        "the weights depend on how the data is cut; pass one batch, or samples of equal shape"
     ]
 
 

@@ -15,7 +15,7 @@ from sylinit.codes import Code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
 from sylinit.data.goals import Goal, log_prior
-from sylinit.errors import SylinitError, UnsupportedLayerError
+from sylinit.errors import SylinitError, UnsupportedLayerError, warn
 from sylinit.fit import Fit
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import plain, require_plain_rows
@@ -154,6 +154,10 @@ class MatrixSite:
         rows = self._collect(waiting, known, seed, context)
         if rows is None:
             return self.left_alone("it has met fewer than two rows of input, from which no layer can be computed")
+        if self.is_head and not rows.width:
+            reason = "its rows cannot be matched to samples, so its targets cannot be told"
+            warn(f"head {self.name!r}: {reason}; let forward= give it rows in the order of the samples")
+            return self.left_alone(reason)
         code, note = self._code(rows)
         units = self.view.units if outputs is None else len(outputs)
         scaled = standardized(rows, context.config) if self.entry else None
@@ -179,15 +183,17 @@ class MatrixSite:
         """What is known of the samples, and which of a wide head's outputs are fitted (None: all)."""
         data, outputs = context.data, None
         known = Known(masks=data.masks, sizes=data.sizes)
+        share = torch.ones(())
         if self.code.values is not None:
             vectors, mean = data.given(self.code.values)
         elif self.goal is None:
             return known, None
         elif self.is_head:
             vectors, mean, outputs = self.goal.of_head(self.view.units, data.processes)
+            share = share if self.goal.task.classes else self.goal.share
         else:
             vectors, mean = self.goal.vectors, self.goal.mean
-        return replace(known, vectors=vectors, mean=mean, labeled_only=self.is_head), outputs
+        return replace(known, vectors=vectors, mean=mean, share=share, labeled_only=self.is_head), outputs
 
     def _collect(self, waiting: dict[int, Any], known: Known, seed: int, context: Context) -> Rows | None:
         """The rows to read."""
@@ -207,7 +213,8 @@ class MatrixSite:
         """What the fitted outputs say of the rows that were read."""
         assert self.goal is not None
         assert fit.bias is not None
-        if not source.width or source.count > PROMISED_ROWS:
+        complete = self.goal.task.classes or bool((self.goal.share == 1).all())
+        if not source.width or source.count > PROMISED_ROWS or not complete:
             return Promise()
         x, t = source.rows()
         y = (x.double() @ fit.weight.mT + fit.bias.unsqueeze(1))[0]
@@ -325,7 +332,8 @@ class NormalizationSite:
     @property
     def device(self) -> torch.device:
         """Where the statistics are."""
-        return self.module.running_mean.device  # type: ignore[union-attr, return-value]
+        norm: Any = self.module
+        return norm.running_mean.device
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input, if the module itself could read it."""
@@ -336,11 +344,11 @@ class NormalizationSite:
 
     def sums(self, waiting: dict[int, Tensor], context: Context) -> Tensor:
         """``[3, channels]``: count, sum and sum of squares of each channel, over all batches and processes."""
-        channels = self.module.num_features
+        norm: Any = self.module
 
         def local() -> Tensor:
-            none = torch.zeros(3, channels, dtype=torch.float64, device=self.device)  # type: ignore[arg-type]
-            return sum((norm_sums(self.module, x) for x in waiting.values()), none)
+            none = torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
+            return sum((norm_sums(norm, x) for x in waiting.values()), none)
 
         sums = context.processes.sum_(context.processes.together(local))
         if not bool(sums.isfinite().all()):

@@ -73,8 +73,7 @@ def standardized(rows: Rows, config: Config) -> Standardized | None:
     size = deviation[varies]
     quartile, median = size.quantile(torch.tensor([0.25, 0.5], dtype=torch.float64, device=size.device))
     differ = bool((size.max() > config.scale_ratio * median) | (median > config.scale_ratio * quartile))
-    spread = deviation.where(varies, mean.abs().clamp(min=1) * 1e-3)  # a constant column that is large
-    far = bool((mean.abs() > config.offset_ratio * torch.maximum(spread, median * 1e-3)).any())
+    far = bool((mean.abs() > config.offset_ratio * deviation.where(varies, median)).any())
     if not (differ or far):
         return None
     inverse = torch.where(varies, 1 / deviation.where(varies, 1), 0)

@@ -10,17 +10,19 @@ Nothing is read off a class or an order of registration that the run itself can 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from sylinit.data.tree import MASKS, map_leaves, tensors
 from sylinit.layers.inputs import plain, require_plain_rows
 from sylinit.layers.registry import is_stock
 from sylinit.layers.view import LayerView
+from sylinit.runtime.interrupts import held_interrupts
 from sylinit.statistics.alignment import Layout, layout_of
 
 SAMPLES = 5
@@ -106,7 +108,8 @@ def trace(
     found = Trace()
     known = dict(model.named_modules())
     inputs: dict[str, Any] = {}
-    with _Watch(candidates, found, inputs) as watch:
+    watch = _Watch(candidates, found, inputs)
+    with watch.on():
         output = run(batch)
         found.outputs = [watch.described(tensor) for tensor in output_tensors(output)]
     found.made = [name for name, module in model.named_modules() if known.get(name) is not module]
@@ -117,7 +120,7 @@ def trace(
     if marked is None:
         return found
     again: dict[str, Any] = {}
-    with _Inputs(candidates, found, again):
+    with _Inputs(candidates, found, again).on():
         run(marked)
     rewind()
     for name, (view, x) in inputs.items():
@@ -159,12 +162,21 @@ class _Inputs:
         self.inputs = inputs
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> _Inputs:
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Look at every call of the modules inside; Ctrl-C leaves nothing of it behind, whenever it comes."""
+        try:
+            self._start()
+            yield
+        finally:
+            with held_interrupts():
+                self._stop()
+
+    def _start(self) -> None:
         for module, candidate in self.candidates.items():
             self._hooks.append(module.register_forward_hook(self._behind(candidate), prepend=True, with_kwargs=True))
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def _stop(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -191,14 +203,14 @@ class _Watch(_Inputs):
         super().__init__(candidates, found, inputs)
         self._follow = _Follow()
 
-    def __enter__(self) -> _Watch:
-        super().__enter__()
+    def _start(self) -> None:
+        super()._start()
         self._follow.__enter__()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._follow.__exit__(*error)
-        super().__exit__(*error)
+    def _stop(self) -> None:
+        if self._follow in _get_current_dispatch_mode_stack():
+            self._follow.__exit__(None, None, None)
+        super()._stop()
 
     def described(self, tensor: Tensor) -> Output:
         """One tensor of the model's output."""
@@ -322,7 +334,7 @@ def _storages(tensor: Tensor) -> Iterator[UntypedStorage]:
 
 
 def _marked(batch: Any, samples: int) -> Any:
-    """The batch with one sample changed: its real numbers, or where there are none its integers; None if it has none."""
+    """The batch with one sample changed: its real numbers, or else its integers; None if it has neither."""
     masks = {id(batch[key]) for key in MASKS if isinstance(batch, Mapping) and key in batch}
     counted = [
         tensor

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    Record,
+    Bag,
     accuracy,
     attempt,
     bits,
@@ -70,7 +70,7 @@ def twin(kind: Callable[[], nn.Module], undisturbed: nn.Module) -> nn.Module:
     return model
 
 
-# ---- Case 01: one part of forward leaves state for another ----
+# ---- One part of forward leaves state for another ----
 
 
 class UNet(nn.Module):
@@ -231,12 +231,12 @@ def test_plain_attributes_that_forward_changed_are_put_back(fails):
             raise Boom
 
     outcome = attempt(model, cut(x, y, 50), forward=forward, **ONE_RECIPE)
-    assert isinstance(outcome.error, Boom) if fails else outcome.served
+    assert isinstance(outcome.error, Boom) if fails else outcome.changed
     assert differing(before, everything(model, results=fails)) == []
     assert (model.calls, model.history, len(model.last)) == (1, [3], 1)
 
 
-# ---- Case 02: locks ----
+# ---- Locks ----
 
 GLOBAL_LOCK = threading.Lock()
 """Of the last model made with ``Locked("global")``."""
@@ -315,7 +315,7 @@ def test_a_lock_held_in_forward_never_makes_interleaved_batches_hang(kind, way):
     assert model.is_free()
 
 
-# ---- Case 04: scripted and traced parts ----
+# ---- Scripted and traced parts ----
 
 
 def scripted(module: nn.Module) -> nn.Module:
@@ -371,7 +371,7 @@ def test_a_failure_behind_a_scripted_part_puts_everything_back(compile_):
     assert outcome.changed == []
 
 
-# ---- Case 05: eval() with side effects ----
+# ---- Modes with side effects ----
 
 
 class Adapted(nn.Linear):
@@ -476,7 +476,7 @@ def test_a_part_that_rescales_itself_with_its_mode_ends_as_it_was(mode):
     assert score_on((x, y))(model.eval()) > 0.95
 
 
-# ---- Case 09: modules that initialize themselves at their first call ----
+# ---- Modules that initialize themselves at their first call ----
 
 
 class ActNorm(nn.Module):
@@ -561,7 +561,7 @@ def test_a_step_counter_that_scales_the_output_counts_one_call_and_is_put_back(s
     same_weights(model, undisturbed)
 
 
-# ---- Case 11: many batches ----
+# ---- Many batches ----
 
 
 class Watched(nn.Sequential):
@@ -569,7 +569,7 @@ class Watched(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        self._seen = Record()
+        object.__setattr__(self, "_seen", [])
 
     def forward(self, x: Tensor) -> Tensor:
         self._seen.append((threading.get_ident(), len(x)))
@@ -612,8 +612,7 @@ def test_a_thousand_batches_of_one_sample_are_one_call_in_the_callers_thread(for
     sylinit.initialize_(whole, [(x, y)], **ONE_RECIPE)
     report = sylinit.initialize_(model, batches, **ONE_RECIPE)
     assert started_threads == []
-    assert {thread for thread, _ in model._seen.entries} == {threading.get_ident()}
-    assert [count for _, count in model._seen.entries if count > 10] == [1000], "beside the trial run on a few"
+    assert model._seen == [(threading.get_ident(), 1000)]
     assert report.samples == 1000
     same_weights(model, whole)
     assert score_on((x, y))(whole) > 0.95
@@ -623,7 +622,7 @@ def test_four_thousand_batches_are_read_if_samples_allows_it():
     x, y = clusters(4000)
     model = Watched(*mlp())
     report = served(model, cut(x, y, 1), samples=4000, **ONE_RECIPE).report
-    assert [count for _, count in model._seen.entries if count > 10] == [4000]
+    assert [count for _, count in model._seen] == [4000]
     assert report.samples == 4000
 
 
@@ -631,8 +630,7 @@ def test_samples_bounds_what_is_read_and_a_note_says_so():
     x, y = clusters(300)
     model, first = mlp(), mlp()
     first.load_state_dict(model.state_dict())
-    evenly = torch.arange(128) * 300 // 128
-    served(first, [(x[evenly], y[evenly])], train_size=300, **ONE_RECIPE)
+    served(first, [(x[:128], y[:128])], train_size=300, **ONE_RECIPE)
     outcome = served(model, cut(x, y, 32), samples=128, train_size=300, **ONE_RECIPE)
     assert outcome.report.samples == 128
     assert any("samples" in note and "128" in note for note in outcome.report.notes)
@@ -698,7 +696,7 @@ def test_ragged_token_batches_are_padded_with_their_mask():
     tokens = 2 * torch.randn(4, 8, generator=generator)[y][:, None] + torch.randn(80, 6, 8, generator=generator)
     calls: list[int] = []
     ragged = Encoder()
-    ragged.register_forward_pre_hook(lambda module, args: calls.append(len(args[0]) if args else 0))
+    ragged.register_forward_pre_hook(lambda module, args: calls.append(1))
     long = Encoder()
     long.load_state_dict(ragged.state_dict())
     lengths = [6] * 40 + [4] * 40
@@ -710,13 +708,13 @@ def test_ragged_token_batches_are_padded_with_their_mask():
     ]
     served(long, [whole], **ONE_RECIPE)
     served(ragged, parts, **ONE_RECIPE)
-    assert len(calls) <= 3, "a trial run, one to see where samples lie, and the pass"
+    assert len(calls) == 1
     same_weights(ragged, long)
     with torch.no_grad():
         assert accuracy(ragged.eval()(whole["x"], mask), y) > 0.9
 
 
-# ---- Case 15: functional_call and transforms ----
+# ---- Functional calls and transforms ----
 
 
 def linear_regression_task() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -742,6 +740,7 @@ def test_a_callers_dictionary_of_parameters_is_never_written(which, size):
     assert {key: bits(value) for key, value in ema.items()} == kept
     if outcome.served:
         assert outcome.changed_besides_results == []
+        assert outcome.changed, "nothing was computed"
         same_weights(model, undisturbed)
     else:
         check_refusal(outcome, ("functional_call", "parameters", "weight"), ("model(", "own parameters", "forward="))
@@ -777,7 +776,7 @@ def test_transforms_of_torch_func_are_served_or_refused(forward):
     )
 
 
-# ---- Case 16: settings of the process that forward changes ----
+# ---- Settings of the process that forward changes ----
 
 
 class SetsAttention(nn.Sequential):
@@ -918,9 +917,10 @@ def test_a_setting_that_forward_leaves_changed_is_put_back(change, fails):
     else:
         assert outcome.served, outcome.error
         assert outcome.changed_besides_results == []
+        assert score_on((x, y))(model) > 0.95
 
 
-# ---- Case 19: inputs reach the model as its owner would pass them ----
+# ---- Inputs reach the model as its owner would pass them ----
 
 
 class Timed(nn.Module):
@@ -929,7 +929,7 @@ class Timed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.h = nn.Linear(20, 32, dtype=torch.bfloat16), nn.Linear(32, 4)
-        self._seen = Record()
+        object.__setattr__(self, "_seen", [])
 
     def forward(self, x: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
         self._seen.append((t, mask))
@@ -955,7 +955,7 @@ def test_times_beside_the_input_are_not_rounded(form, size, dtype):
     if form == "forward=":
         options["forward"] = lambda m, batch: m(batch[0], batch[1])
     served(model, batches, **options, **ONE_RECIPE)
-    seen = torch.cat([t for t, _ in model._seen.entries if len(t) > 10])
+    seen = torch.cat([t for t, _ in model._seen])
     assert seen.dtype == dtype
     assert torch.equal(seen, t)
 
@@ -966,7 +966,7 @@ def test_masks_beside_the_input_keep_their_dtype(dtype):
     model = Timed()
     mask = torch.ones(200).to(dtype)
     served(model, [{"x": x, "t": TIMES, "mask": mask, "labels": y}], **ONE_RECIPE)
-    ((_, seen),) = (entry for entry in model._seen.entries if len(entry[0]) > 10)
+    ((_, seen),) = model._seen
     assert seen.dtype == dtype
 
 
@@ -979,12 +979,6 @@ def test_an_input_whose_dtype_the_model_refuses_is_still_cast(model_dtype):
         model(data)
     served(model, [(data, y)], **ONE_RECIPE)
     assert accuracy(model(x.to(model_dtype)), y) > 0.95
-
-
-class Bag(dict):
-    """A mapping with attributes, as Transformers' ``BatchEncoding``."""
-
-    __getattr__ = dict.__getitem__
 
 
 @pytest.mark.parametrize("size", [200, 50])
@@ -1000,7 +994,7 @@ def test_forward_gets_the_batch_as_the_user_made_it(size):
     model = mlp()
     served(model, batches, forward=forward, **ONE_RECIPE)
     assert all(type(batch) is Bag and batch.note == "kept" for batch in seen)
-    assert torch.equal(torch.cat([batch.x for batch in seen if len(batch.x) > 10]), x.double())
+    assert torch.equal(torch.cat([batch.x for batch in seen]), x.double())
     assert score_on((x, y))(model) > 0.95
 
 
@@ -1027,7 +1021,7 @@ def test_forward_gets_objects_of_the_users_own_class(size):
     assert report["0"].action == "initialized"
 
 
-# ---- Case 21: inputs and layers outside the usual ----
+# ---- Inputs and layers outside the usual ----
 
 
 class Image(torch.Tensor):
@@ -1163,7 +1157,7 @@ def test_an_sklearn_transformer_works_under_enabled_gradients():
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-# ---- Case 22: a layer is what it computes ----
+# ---- A layer is what it computes ----
 
 
 class NormedLinear(nn.Linear):
@@ -1499,7 +1493,7 @@ def test_half_precision_weights_that_would_overflow_are_scaled_or_refused(dim):
         check_refusal(outcome, ("first", "last"), ("float16", "half", "float32", "bfloat16", "scale"))
 
 
-# ---- Case 23: layers made inside forward ----
+# ---- Layers made inside forward ----
 
 
 class LazyProjector(nn.Module):
@@ -1591,7 +1585,7 @@ def test_layers_made_inside_forward_are_gone_after_a_failure(kind, size):
     assert outcome.changed == []
 
 
-# ---- Case 25: threads inside forward ----
+# ---- Threads inside forward ----
 
 
 class Branches(nn.Module):

@@ -276,7 +276,7 @@ def test_ignored_labels_do_not_count(ignored):
     assert accuracy(run(model, x), y) > 0.95
 
 
-# ---- Case 08 and its kind: targets at every position ----
+# ---- Targets at every position ----
 
 
 def pixel_task() -> tuple[Tensor, Tensor]:
@@ -413,7 +413,7 @@ def test_integer_labels_are_positions_or_labels_by_the_shape_of_the_output(outpu
         assert (out.argmax(-1) == SIX.long()).float().mean() > 0.75 or outcome.report.notes
 
 
-# ---- Newcomer A 11: autoencoders ----
+# ---- Autoencoders ----
 
 
 def autoencoder(dim: int = 20) -> nn.Sequential:
@@ -465,7 +465,7 @@ def test_a_net_that_maps_to_its_inputs_width_by_chance_may_be_told_to_have_no_ta
     assert report.task == "none"
 
 
-# ---- Case 03: which sample a row came from ----
+# ---- Which sample a row came from ----
 
 
 class Folded(nn.Module):
@@ -536,7 +536,7 @@ def test_labels_reach_the_rows_of_their_own_sample_or_none(way, size):
     assert any("label" in text and "sample" in text for text in told), told
 
 
-# ---- Cases 06 and 14: which layer is the head ----
+# ---- Which layer is the head ----
 
 
 class Auxiliary(nn.Module):
@@ -764,7 +764,7 @@ def test_a_head_that_does_not_exist_is_refused_with_the_nearest_name():
     )
 
 
-# ---- Case 07 and newcomer A 4: next tokens ----
+# ---- Next tokens ----
 
 
 def sequences(vocabulary: int = 24, length: int = 10, count: int = 48) -> Tensor:
@@ -906,7 +906,7 @@ def test_transformers_models_with_tied_heads_are_not_made_worse(family):
     assert run(model, IDS, labels=IDS).loss.item() <= before + 1e-4
 
 
-# ---- Cases 10 and 17, newcomer A 13: features of any scale and offset ----
+# ---- Features of any scale and offset ----
 
 
 def raised(column: Tensor, x: Tensor) -> Tensor:
@@ -1002,7 +1002,7 @@ def test_no_bare_error_of_linear_algebra_reaches_the_user(dtype, kind):
         assert accuracy(output, y) >= readout_accuracy(features_into(model, "2", x.to(dtype)), y) - POINTS
 
 
-# ---- Case 12: experts ----
+# ---- Experts ----
 
 
 class Experts(nn.Module):
@@ -1063,7 +1063,7 @@ def test_a_switch_transformer_with_idle_experts_is_served():
     assert all(layer.reason for layer in experts if layer.action == "left alone")
 
 
-# ---- Case 13: many outputs ----
+# ---- Many outputs ----
 
 
 class Largest(TorchDispatchMode):
@@ -1126,7 +1126,7 @@ def test_fifty_thousand_outputs_work(labels):
         assert accuracy(run(model, x), spread) > 0.9
 
 
-# ---- Case 18: batches as loaders give them ----
+# ---- Batches as loaders give them ----
 
 
 class Pair(nn.Module):
@@ -1259,7 +1259,7 @@ def test_infinite_targets_are_refused():
     refused(mlp(20, 2), [(X, target)], names=("infinit",), remedies=("drop", "remove", "clean", "nan"))
 
 
-# ---- Newcomer B: errors with the right remedy ----
+# ---- Errors with the right remedy ----
 
 
 class Pairs(Dataset):
@@ -1430,7 +1430,7 @@ def test_data_of_one_sample_a_class_is_called_so(tmp_path, capsys):
     assert "x_test" in error or "at least 2" in error or "at least two" in error
 
 
-# ---- Case 20, newcomer A 10: what starts at zero stays at zero ----
+# ---- What starts at zero stays at zero ----
 
 
 class LowRank(nn.Module):
@@ -1578,7 +1578,7 @@ def test_adapters_of_peft_keep_the_pretrained_function(options):
     assert all(layer.action == "left alone" for layer in frozen)
 
 
-# ---- Case 24: padding ----
+# ---- Padding ----
 
 
 class Pooled(nn.Module):
@@ -1728,7 +1728,7 @@ def test_padded_places_change_no_logit_of_transformers(family):
     assert accuracy(logits[0], y) > 0.8
 
 
-# ---- Newcomer A 6, 7, 9, 14: heads, statistics, trained models, imbalance ----
+# ---- Heads, statistics, trained models, imbalance ----
 
 
 def weak_net(strength: float) -> nn.Sequential:
@@ -1920,7 +1920,7 @@ def test_an_output_that_is_not_what_the_head_promised_is_warned_of():
     assert outcome.report.before.accuracy < 0.5
 
 
-# ---- initialize_head_ ----
+# ---- The head alone ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from sylinit.codes.registry import CODES, Code, register_code
 from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.linalg.eigh import robust_eigh
-from sylinit.linalg.orthogonal import orthogonal_rows
+from sylinit.linalg.orthogonal import orthogonal_rows, orthonormal
 from sylinit.statistics.axes import Axes
 
 
@@ -67,22 +69,21 @@ def mixtures(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=2) * whitening(axes.variances).unsqueeze(1)
 
 
-def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, white: bool = False) -> Tensor:
+def principal_units(axes: Axes, rank: Tensor, last: int, generator: torch.Generator, *, white: bool = False) -> Tensor:
     """Rows ``[g, k, r]``: unit ``rank[g, k]`` is that principal axis, past the last one a random mixture of white axes.
 
     Args:
         axes: the layer's statistics.
         rank: which component each unit is to be.
+        last: the largest of these.
         generator: for the mixtures.
         white: scale every unit to variance one; else an axis keeps its variance, and a mixture gets the largest.
     """
-    dim = axes.variances.shape[1]
+    groups, dim = axes.variances.shape
     alive = (axes.variances > 0).sum(1, keepdim=True)
-    whiten = whitening(axes.variances).unsqueeze(1)
-    component = torch.nn.functional.one_hot(rank.clamp(max=dim - 1), dim).to(axes.variances)
-    if white:
-        component = component * whiten
-    last = int(rank.max()) if rank.numel() else -1
+    place = rank.clamp(max=dim - 1)
+    size = whitening(axes.variances).gather(1, place) if white else torch.ones_like(place, dtype=axes.variances.dtype)
+    component = size.new_zeros(groups, rank.shape[1], dim).scatter_(2, place.unsqueeze(2), size.unsqueeze(2))
     if last < int(alive.min()):
         return component
     mixture = mixtures(axes, last + 1, generator).take_along_dim(rank.unsqueeze(2), 1)
@@ -91,42 +92,67 @@ def principal_units(axes: Axes, rank: Tensor, generator: torch.Generator, *, whi
     return torch.where((rank < alive).unsqueeze(2), component, mixture)
 
 
-def target_units(axes: Axes, count: int, generator: torch.Generator, null_variance: float) -> Tensor:
-    """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank.
+@dataclass(frozen=True)
+class TargetSpace:
+    """The directions in which a target varies.
+
+    Attributes:
+        directions: orthonormal columns ``[c, rank]``.
+        deviations: ``[rank]``, of the target along each.
+    """
+
+    directions: Tensor
+    deviations: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Their number."""
+        return len(self.deviations)
+
+
+def target_space(covariance: Tensor, null_variance: float) -> TargetSpace:
+    """Read the directions of a target off its covariance ``[c, c]``, without those of at most this share of variance.
 
     Balanced classes have equal variances in every direction, and which eigenvectors such a target has is a matter of
-    rounding. So these are used only in sums that do not depend on it: a projector and a symmetric square root.
+    rounding. So use these only in sums that do not depend on it: a projector and a symmetric square root.
     """
-    values, vectors = robust_eigh(axes.tt)
-    keep = values > values[-1].clamp(min=0) * null_variance
-    kept, dim, rank = vectors[:, keep], len(values), int(keep.sum())
-    if not rank:
-        return axes.tt.new_zeros(count, dim)
-    blocks = []
-    for start in range(0, count, rank):
-        draw = torch.randn(dim, rank, dtype=torch.float64, generator=generator).to(kept)
-        q, r = torch.linalg.qr(kept @ (kept.T @ draw))
-        blocks.append((q * r.diagonal().sign()).T[: count - start])
-    whiten = (kept * values[keep].rsqrt()) @ kept.T
-    return torch.cat(blocks) @ whiten if blocks else axes.tt.new_zeros(0, dim)
+    variances, vectors = robust_eigh(covariance)
+    known = variances.tolist()  # ascending
+    rank = sum(variance > max(0.0, known[-1]) * null_variance for variance in known)
+    first = len(known) - rank
+    return TargetSpace(vectors[:, first:], variances[first:].sqrt())
 
 
-def repeated_label_units(axes: Axes, is_label: Tensor, generator: torch.Generator, config: Config) -> Tensor:
-    """What keeps label units from repeating where the classes are few, ``[g, k, r]``.
+def target_units(space: TargetSpace, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` random directions of the whitened target, ``[count, c]``: orthonormal in blocks of its rank."""
+    kept, rank = space.directions, space.rank
+    if not rank or not count:
+        return kept.new_zeros(count, len(kept))
+    size = min(count, rank)
+    draw = torch.randn(math.ceil(count / size), len(kept), size, dtype=torch.float64, generator=generator).to(kept)
+    blocks = orthonormal(kept @ (kept.T @ draw))
+    return blocks.mT.flatten(0, 1)[:count] @ ((kept / space.deviations) @ kept.T)
+
+
+def few_directions(
+    axes: Axes, is_label: Tensor, space: TargetSpace, generator: torch.Generator, config: Config
+) -> Tensor:
+    """What keeps label units from repeating where the classes are few, ``[g, k, r]``, or a zero.
 
     The units beyond the rank of such a target also get a random mixture of white principal axes, of variance one.
 
     Args:
         axes: the layer's statistics.
-        is_label: ``[g, k]``, which units are label units.
+        is_label: ``[g, k]`` on the CPU, which units are label units.
+        space: of the target.
         generator: for the mixtures.
         config: the constants of the method.
     """
-    rank = int(torch.linalg.matrix_rank(axes.tt, hermitian=True, rtol=config.null_variance))
-    repeats = is_label & (is_label.flatten().cumsum(0).view_as(is_label) > rank)
-    if rank >= config.few_directions or not bool(repeats.any()):
-        return axes.variances.new_zeros(*is_label.shape, axes.variances.shape[1])
-    return mixtures(axes, is_label.shape[1], generator).masked_fill(~repeats.unsqueeze(2), 0)
+    repeats = is_label & (is_label.flatten().cumsum(0).view_as(is_label) > space.rank)
+    if space.rank >= config.few_directions or not bool(repeats.any()):
+        return axes.variances.new_zeros(())
+    others = ~repeats.unsqueeze(2).to(axes.variances.device)
+    return mixtures(axes, is_label.shape[1], generator).masked_fill(others, 0)
 
 
 @register_code("pca", needs="moments", leading=1.0)
@@ -134,17 +160,51 @@ def pca(axes: Axes, units: int, generator: torch.Generator) -> LinearCode:
     """The leading principal components; beyond the rank of the data, random mixtures of whitened ones."""
     groups = axes.variances.shape[0]
     rank = torch.arange(units, device=axes.variances.device).expand(groups, units)
-    on_x = principal_units(axes, rank, generator)
+    on_x = principal_units(axes, rank, units - 1, generator)
     return LinearCode(on_x, on_x.new_zeros(groups, units, axes.tt.shape[-1]))
 
 
 @register_code("label", needs="moments", labels=True, leading=1.0)
 def label(axes: Axes, units: int, generator: torch.Generator, config: Config) -> LinearCode:
     """Every unit a different random direction of the whitened targets (for classes: of the one-hot code)."""
-    groups = axes.variances.shape[0]
-    on_t = target_units(axes, groups * units, generator, config.null_variance).view(groups, units, -1)
-    is_label = torch.ones_like(on_t[..., 0], dtype=torch.bool)
-    return LinearCode(repeated_label_units(axes, is_label, generator, config), on_t)
+    groups, dim = axes.variances.shape
+    space = target_space(axes.tt, config.null_variance)
+    on_t = target_units(space, groups * units, generator).view(groups, units, -1)
+    is_label = torch.ones(groups, units, dtype=torch.bool)
+    on_x = few_directions(axes, is_label, space, generator, config)
+    return LinearCode(on_x.expand(groups, units, dim), on_t)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which units of a mixed code are label units; tensors on the CPU.
+
+    Attributes:
+        is_label: ``[g, k]``.
+        labels: ``[m]``, the places of the label units among all units.
+        rank: ``[g, k]``, which principal component each of the others is.
+        last: the largest of these.
+    """
+
+    is_label: Tensor
+    labels: Tensor
+    rank: Tensor
+    last: int
+
+
+@lru_cache(maxsize=256)
+def mixture_of(groups: int, units: int, label_share: float) -> Mixture:
+    """Spread a share of label units evenly.
+
+    Unit u of all groups together is a label unit where the running share of label units passes an integer; so grouped
+    and depthwise layers get their share too, and it is spread evenly over heads and channels.
+    """
+    with torch.device("cpu"):
+        running = (torch.arange(groups * units + 1, dtype=torch.float64) * label_share + 1e-9).floor()
+        passes = running.diff() > 0
+        is_label = passes.view(groups, units)
+        rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
+        return Mixture(is_label, passes.nonzero().squeeze(1), rank, int(rank.max()) if rank.numel() else -1)
 
 
 @register_code("mixed", needs="moments", labels=True, fallback="pca", leading=lambda label_share: 1 - label_share)
@@ -152,18 +212,15 @@ def principal_and_label_units(
     axes: Axes, units: int, generator: torch.Generator, label_share: float, config: Config
 ) -> LinearCode:
     """The default code: whitened principal components, with label units evenly in between."""
-    groups = axes.variances.shape[0]
-    # Unit u of all groups together is a label unit where the running share of label units passes an integer; so grouped
-    # and depthwise layers get their share too, and it is spread evenly over heads and channels.
-    running = (torch.arange(groups * units + 1, dtype=torch.float64) * label_share + 1e-9).floor()
-    is_label = (running[1:] > running[:-1]).view(groups, units).to(axes.variances.device)
-    rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
-    directions = target_units(axes, int(running[-1]), generator, config.null_variance)
-    on_x = principal_units(axes, rank, generator, white=True)
-    on_x = on_x.masked_fill(is_label.unsqueeze(2), 0) + repeated_label_units(axes, is_label, generator, config)
-    on_t = on_x.new_zeros(groups, units, axes.tt.shape[-1])
-    on_t[is_label] = directions
-    return LinearCode(on_x, on_t)
+    groups, device = len(axes.variances), axes.variances.device
+    mixture, space = mixture_of(groups, units, label_share), target_space(axes.tt, config.null_variance)
+    is_label, labels = mixture.is_label.to(device), mixture.labels.to(device)
+    directions = target_units(space, len(labels), generator)
+    on_x = principal_units(axes, mixture.rank.to(device), mixture.last, generator, white=True)
+    on_x = on_x.masked_fill(is_label.unsqueeze(2), 0)
+    on_x = on_x + few_directions(axes, mixture.is_label, space, generator, config)
+    on_t = on_x.new_zeros(groups * units, axes.tt.shape[-1]).index_copy_(0, labels, directions)
+    return LinearCode(on_x, on_t.view(groups, units, -1))
 
 
 def mixed(label_share: float | None = None) -> Code:
@@ -191,9 +248,8 @@ def lda(axes: Axes, units: int, generator: torch.Generator, config: Config) -> L
     """
     white = whitening(axes.variances)
     # In white axes within + between = I, so the discriminants are the left singular vectors of the cross-covariance.
-    values, vectors = robust_eigh(axes.tt)
-    keep = values > values[-1].clamp(min=0) * config.null_variance
-    cross = white.unsqueeze(2) * axes.xt @ (vectors[:, keep] * values[keep].rsqrt())
+    space = target_space(axes.tt, config.null_variance)
+    cross = white.unsqueeze(2) * axes.xt @ (space.directions / space.deviations)
     left, strength, _ = torch.linalg.svd(cross, full_matrices=False)
     count = min(units, int((strength > strength.amax() * 1e-6).sum(1).min()))
     left = left[:, :, :count]

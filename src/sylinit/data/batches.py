@@ -87,6 +87,7 @@ class Reader:
         """
         _require_iterable(batches)
         in_memory = isinstance(batches, (list, tuple))
+        _require_no_pair(batches)
         read: list[Batch] = []
         cut = False
         for raw in batches:
@@ -97,7 +98,7 @@ class Reader:
             read.append(self._with_given(parsed, sum(batch.samples for batch in read)))
         if not read:
             raise SylinitError(
-                "batches: there are none; a generator or an iterator that was used before is exhausted: pass a fresh one"
+                "batches: there are none; a generator or iterator that was used before is exhausted: pass a fresh one"
             )
         _require_alike(read, self.custom)
         total = sum(batch.samples for batch in read)
@@ -127,7 +128,7 @@ class Reader:
             args = self._spread(args)
         else:
             args = (raw,)
-        args, kwargs = map_leaves(args, _as_tensor), map_leaves(kwargs, _as_tensor)
+        args, kwargs = map_leaves(args, self._as_tensor), map_leaves(kwargs, self._as_tensor)
         inputs = [value for value in tensors((args, kwargs)) if value.ndim > 0]
         if not self.custom:
             self._require_tensors(raw, args, kwargs, inputs, number)
@@ -232,7 +233,7 @@ class Reader:
                 isinstance(value, str) or (isinstance(value, (tuple, list)) and value and isinstance(value[0], str))
             ):
                 raise SylinitError(
-                    f"batches: {name!r} of batch {number} holds text; turn it into tensors first (a tokenizer, an "
+                    f"batches: {name!r} of batch {number} holds strings; turn them into tensors first (a tokenizer, an "
                     "encoder), or pass forward=lambda model, batch: ..."
                 )
         if not inputs:
@@ -244,8 +245,8 @@ class Reader:
     def _checked_target(self, target: Any, number: int) -> Tensor:
         """A target as one tensor on the model's device."""
         several = (
-            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose one by target= (a "
-            "key of the batch, or a function of it that returns a tensor), or name the target of each head by "
+            f"batches: the target of batch {number} is {_describe(target)}; expected one tensor: choose one by target= "
+            "(a key of the batch, or a function of it that returns a tensor), or name the target of each head by "
             "head={'layer': key or index, ...}"
         )
         if isinstance(target, Mapping) or (
@@ -267,7 +268,7 @@ class Reader:
     def _thinned(self, read: list[Batch], *, evenly: bool) -> list[Batch]:
         """As many samples as are wanted: evenly from all batches, or the first."""
         total = sum(batch.samples for batch in read)
-        place = torch.arange(self.samples, dtype=torch.float64)
+        place = torch.arange(self.samples, dtype=torch.float64, device="cpu")
         index = (place * (total / self.samples)).long() if evenly else place.long()
         thinned, start = [], 0
         for number, batch in enumerate(read):
@@ -302,6 +303,11 @@ class Reader:
         targets = {name: torch.cat([batch.targets[name] for batch in read]) for name in given}
         return (replace(joined, targets={**joined.targets, **targets}),)
 
+    def _as_tensor(self, leaf: Any) -> Any:
+        """A numpy array as a tensor on the model's device; everything else as it is."""
+        is_array = hasattr(leaf, "__array_interface__") and math.prod(getattr(leaf, "shape", (0,)))
+        return torch.as_tensor(leaf, device=self._device) if is_array and leaf.dtype.kind in "biuf" else leaf
+
     @property
     def _device(self) -> torch.device:
         parameters = (p for p in self.model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
@@ -320,7 +326,8 @@ def some_samples(batch: Batch, reader: Reader, count: int) -> Batch | None:
     """A few samples, spread evenly over a batch; None where the batch cannot be cut."""
     if batch.samples < 1:
         return None
-    index = (torch.arange(min(count, batch.samples)) * batch.samples) // min(count, batch.samples)
+    count = min(count, batch.samples)
+    index = (torch.arange(count, device="cpu") * batch.samples) // count
     try:
         return reader.parse(select(batch.raw, index, batch.samples), 0)
     except (CannotConcatenate, SylinitError):
@@ -338,6 +345,25 @@ def _require_iterable(batches: Any) -> None:
         raise SylinitError("batches: got a Dataset; pass torch.utils.data.DataLoader(dataset, batch_size=...)")
     if not isinstance(batches, Iterable):
         raise SylinitError(f"batches: expected an iterable of batches, got {type(batches).__name__}; pass [(x, y)]")
+
+
+def _require_no_pair(batches: Any) -> None:
+    """Refuse ``(X, Y)`` and arrays in the place of a list of batches, and data sets that stream single samples."""
+    arrays = (
+        [part for part in batches if isinstance(part, Tensor) or hasattr(part, "__array_interface__")]
+        if (isinstance(batches, (tuple, list)) and len(batches) == 2)
+        else []
+    )
+    if len(arrays) == 2 and len(arrays[0].shape) > len(arrays[1].shape) > 0 and len(arrays[0]) == len(arrays[1]):
+        raise SylinitError(
+            "batches: expected an iterable of batches, got a pair of inputs and targets; pass [(x, y)], or a DataLoader"
+        )
+    if hasattr(batches, "__array_interface__") and not isinstance(batches, Tensor):
+        raise SylinitError("batches: expected an iterable of batches, got a numpy array; pass [x] or [(x, y)]")
+    if isinstance(batches, torch.utils.data.IterableDataset):
+        raise SylinitError(
+            "batches: got a Dataset of single samples; pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+        )
 
 
 def _has_sequence_first_layers(model: nn.Module) -> bool:
@@ -393,12 +419,6 @@ def _form(target: Tensor) -> tuple[bool, int, int]:
     """What targets must agree in: class indices may come at any number of positions, values in one width."""
     real = target.is_floating_point()
     return real, target.ndim, target.shape[-1] if real and target.ndim == 2 else 0
-
-
-def _as_tensor(leaf: Any) -> Any:
-    """A numpy array as a tensor; everything else as it is."""
-    is_array = hasattr(leaf, "__array_interface__") and math.prod(getattr(leaf, "shape", (0,)))
-    return torch.as_tensor(leaf) if is_array and leaf.dtype.kind in "biuf" else leaf
 
 
 def _describe(value: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sylinit.data.batches import Batch, Read
+from sylinit.data.batches import TARGET_KEYS, Batch, Read
 from sylinit.data.goals import Goal, make_goal
 from sylinit.data.tasks import Facts, HeadShape, facts_of, infer_task, merged
 from sylinit.data.tree import tensors
@@ -85,7 +85,7 @@ class CalibrationSet:
         """
         found = infer_task(facts, head, task, classes)
         targets = [batch.targets[name] for batch in self.batches]
-        return make_goal(found, targets, self.ignore_index, self.processes)
+        return make_goal(found, targets, self.masks, self.ignore_index, self.processes)
 
     def reconstruction(self, head: HeadShape, task: str) -> Goal:
         """The input as the target of an autoencoder."""
@@ -95,7 +95,17 @@ class CalibrationSet:
         known = [x for x in inputs if x is not None]
         facts = merged(self.processes.agree(lambda: facts_of(known, [None] * len(known), self.ignore_index)))
         found = infer_task(facts, head, "reconstruction", None)
-        return make_goal(found, known, self.ignore_index, self.processes)
+        return make_goal(found, known, self.masks, self.ignore_index, self.processes)
+
+    def next_tokens(self, head: HeadShape) -> Goal:
+        """The input ids, shifted, as the target of a causal model."""
+        ids = [_ids(batch) for batch in self.batches]
+        known = [each for each in ids if each is not None]
+        if len(known) < len(ids):
+            raise SylinitError("task='next-token': the batches hold no input ids of shape [n, length]; pass target=")
+        facts = merged(self.processes.agree(lambda: facts_of(known, ids, self.ignore_index)))
+        found = infer_task(facts, head, "next-token", None)
+        return make_goal(found, known, self.masks, self.ignore_index, self.processes)
 
     def given(self, values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """A code given as numbers, one row for each sample of all processes in order, and its mean."""
@@ -143,6 +153,7 @@ def _ids(batch: Batch) -> Tensor | None:
     named = batch.kwargs.get("input_ids")
     if isinstance(named, Tensor):
         return named
-    inputs = [value for key, value in batch.kwargs.items() if not any(value is t for t in batch.targets.values())]
+    inputs = [value for key, value in batch.kwargs.items() if key not in TARGET_KEYS]
+    targets = {target.data_ptr() for target in batch.targets.values()}
     found = (t for t in tensors((batch.args, inputs)) if t.dtype in (torch.int64, torch.int32) and t.ndim == 2)
-    return next(found, None)
+    return next((t for t in found if t.data_ptr() not in targets or len(batch.args) > 0), None)

@@ -26,6 +26,7 @@ class Goal:
             ``[n, *positions, c]``, NaN where there is none.
         vectors: by batch, ``[n, *positions, c]`` float64: what layers before the head are told; NaN where missing.
         mean: ``[c]``, the mean of the vectors over all processes.
+        share: ``[c]``, of the labeled places, in how many each entry is known.
         present: of class indices, the classes that occur in any process, increasing.
     """
 
@@ -33,6 +34,7 @@ class Goal:
     targets: tuple[Tensor, ...]
     vectors: tuple[Tensor, ...]
     mean: Tensor
+    share: Tensor
     present: Tensor
 
     def of_head(self, units: int, processes: Processes) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
@@ -46,28 +48,33 @@ class Goal:
         chosen = None if classes <= EMBEDDED else self.present
         columns = torch.arange(classes, device=self.present.device) if chosen is None else chosen
         vectors = tuple(_one_hot(target, columns) for target in self.targets)
-        return vectors, _mean(vectors, processes), chosen
+        return vectors, _mean(vectors, processes)[0], chosen
 
 
-def make_goal(task: Task, raw: Sequence[Tensor], ignore_index: int, processes: Processes) -> Goal:
+def make_goal(
+    task: Task, raw: Sequence[Tensor], masks: Sequence[Tensor | None], ignore_index: int, processes: Processes
+) -> Goal:
     """Bring targets to one form and encode them.
 
     Args:
         task: what is asked for.
         raw: the targets by batch, as the user made them.
+        masks: by batch, which places of its sequences hold data: targets elsewhere do not count.
         ignore_index: the class index that means "no label here".
         processes: the group.
     """
-    targets = tuple(_canonical(target, task, ignore_index) for target in raw)
+    targets = tuple(
+        _within(_canonical(target, task, ignore_index), mask) for target, mask in zip(raw, masks, strict=True)
+    )
     none = torch.zeros(0, dtype=torch.long, device=raw[0].device)
     if not task.classes:
         vectors = tuple(target.double() for target in targets)
-        return Goal(task, targets, vectors, _mean(vectors, processes), none)
+        return Goal(task, targets, vectors, *_mean(vectors, processes), none)
     mine = torch.cat([target.unique() for target in targets]).unique()
     found = processes.agree(lambda: mine[mine >= 0].tolist())
     present = torch.tensor(sorted(set().union(*found)), dtype=torch.long, device=raw[0].device)
-    vectors = tuple(_class_vectors(target, task.classes) for target in targets)
-    return Goal(task, targets, vectors, _mean(vectors, processes), present)
+    vectors = tuple(_class_vectors(target, task.classes, present) for target in targets)
+    return Goal(task, targets, vectors, *_mean(vectors, processes), present)
 
 
 def log_prior(goal: Goal, units: int, outputs: Tensor | None, samples: int) -> Tensor:
@@ -120,19 +127,31 @@ def _one_hot(index: Tensor, columns: Tensor) -> Tensor:
     return (index.unsqueeze(-1) == columns).double().masked_fill((index < 0).unsqueeze(-1), math.nan)
 
 
-def _class_vectors(index: Tensor, classes: int) -> Tensor:
-    """One-hot vectors of few classes; of many, a fixed vector of signs for each."""
+def _class_vectors(index: Tensor, classes: int, present: Tensor) -> Tensor:
+    """One-hot vectors of few classes; of many, of those that occur, or a fixed vector of signs for each of these."""
     if classes <= EMBEDDED:
         return _one_hot(index, torch.arange(classes, device=index.device))
+    if len(present) <= EMBEDDED:
+        return _one_hot(index, present)
     source = torch.Generator().manual_seed(0)
-    table = torch.randint(0, 2, (classes, EMBEDDED), generator=source, dtype=torch.int8, device="cpu")
-    signs = 2.0 * table.to(index.device)[index.clamp(min=0)].double() - 1.0
+    table = torch.randint(0, 2, (len(present), EMBEDDED), generator=source, dtype=torch.int8, device="cpu")
+    place = torch.searchsorted(present, index.clamp(min=0)).clamp(max=len(present) - 1)
+    signs = 2.0 * table.to(index.device)[place].double() - 1.0
     return signs.masked_fill((index < 0).unsqueeze(-1), math.nan)
 
 
-def _mean(vectors: Sequence[Tensor], processes: Processes) -> Tensor:
-    """The mean of each entry over what is known of it."""
+def _within(target: Tensor, mask: Tensor | None) -> Tensor:
+    """A target whose places in the padding are missing, where it has one for each place of the sequence."""
+    if mask is None or target.shape[:2] != mask.shape:
+        return target
+    padding = ~mask.view(*mask.shape, *(1 for _ in target.shape[2:]))
+    return target.masked_fill(padding, math.nan if target.is_floating_point() else -1)
+
+
+def _mean(vectors: Sequence[Tensor], processes: Processes) -> tuple[Tensor, Tensor]:
+    """The mean of each entry over what is known of it, and in which share of the labeled places that is."""
     flat = torch.cat([vector.flatten(0, -2) for vector in vectors])
     known = ~flat.isnan()
-    sums = processes.sum_(torch.stack([flat.nan_to_num(0).sum(0), known.double().sum(0)]))
-    return sums[0] / sums[1].clamp(min=1)
+    labeled = known.any(1).double().sum().expand(flat.shape[1])
+    sums = processes.sum_(torch.stack([flat.nan_to_num(0).sum(0), known.double().sum(0), labeled]))
+    return sums[0] / sums[1].clamp(min=1), sums[1] / sums[2].clamp(min=1)

@@ -235,21 +235,27 @@ def _checked(task: Task, facts: Facts, head: HeadShape, classes: int | None) -> 
         SylinitError: a label out of range, or another width.
     """
     units = head.units
+    if task.classes and task.positions and not head.positions and head.name:
+        raise SylinitError(
+            f"batches: the targets have {task.positions} dimension{'s' if task.positions > 1 else ''} of positions "
+            f"({', '.join(map(str, facts.shape))}), and the head {head.name!r} gives one output for each sample; name "
+            "the layer that gives one for each position by head=, or pass one target a sample"
+        )
     if classes is not None and task.classes and classes != units and not (classes == 2 and units == 1):
         raise SylinitError(
-            f"classes={classes}: the head {head.name!r} has {units} outputs; give the model a head of {classes} outputs, "
-            "or leave classes= out"
+            f"classes={classes}: the head {head.name!r} has {units} outputs; give the model a head of {classes} "
+            "outputs, or leave classes= out"
         )
     if task.classes and facts.known:
         if facts.smallest < 0:
             raise SylinitError(
-                f"batches: there is the label {facts.smallest:g}; class indices start at 0 (-100 means ignored; another "
-                "mark is named by ignore_index=)"
+                f"batches: there is the label {facts.smallest:g}; class indices start at 0 (-100 means ignored; "
+                "another mark is named by ignore_index=)"
             )
         if facts.largest >= task.classes:
             raise SylinitError(
-                f"labels out of range: there is a label {facts.largest:g}, but layer {head.name!r} has {units} outputs; "
-                f"labels must lie in 0 to {max(units, 2) - 1}; a mark such as 255 for 'ignored' is named by "
+                f"labels out of range: there is a label {facts.largest:g}, but layer {head.name!r} has {units} "
+                f"outputs; labels must lie in 0 to {max(units, 2) - 1}; a mark such as 255 for 'ignored' is named by "
                 "ignore_index=, and if this layer is not the head, pass head=None or its name"
             )
     if task.width and task.width != units:

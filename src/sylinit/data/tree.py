@@ -71,9 +71,8 @@ def concatenate(parts: Sequence[Any], sizes: Sequence[int], *, strict: bool, pad
         return _sequence_like(first, items)
     if isinstance(first, Tensor):
         return _concatenated(parts, sizes, strict)
-    if hasattr(first, "__array_interface__") and getattr(first, "shape", ()):
-        joined = _concatenated([torch.as_tensor(part) for part in parts], sizes, strict)
-        return joined.numpy()
+    if hasattr(first, "__array_interface__") and getattr(first, "shape", None):
+        return _concatenated([torch.as_tensor(part, device="cpu") for part in parts], sizes, strict).numpy()
     if all(part is first for part in parts) or (isinstance(first, (int, float, str)) and len(set(parts)) == 1):
         return first
     raise CannotConcatenate(f"they hold a {type(first).__name__}")
@@ -170,7 +169,7 @@ def _mapping_like(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
 
 def _sequence_like(value: Sequence[Any], items: list[Any]) -> Any:
     if hasattr(value, "_fields"):
-        return type(value)(*items)  # type: ignore[call-arg]
+        return type(value)(*items)
     return type(value)(items)  # type: ignore[call-arg]
 
 

@@ -59,19 +59,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def readable_inputs(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
     """Give layers their inputs in the dtype of their parameters, where they could not read them otherwise.
 
-    The model's own call with such an input would fail: float64 data, float32 data in a half-precision model, unsigned
-    bytes. The input itself stays as the user made it for everything else that reads it, such as times and masks.
+    The model's own call with such an input would fail: float64 data, float32 data in a half-precision
+    model. The input itself stays as the user made it for everything else that reads it, such as times and masks.
 
     Args:
         model: whose parts.
         layers: those that multiply their input by a matrix; PyTorch's other layers take what is narrower than they are.
     """
     hooks = []
-    for module in model.modules():
+    for name, module in model.named_modules():
         own = next((p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()), None)
         stock = type(module).__module__.startswith("torch.nn.modules.")
         if own is not None and (module in layers or stock) and not isinstance(module, torch.jit.ScriptModule):
-            hook = _Cast(own, narrower=module in layers)
+            hook = _Cast(name, own, narrower=module in layers)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
@@ -83,11 +83,17 @@ def readable_inputs(model: nn.Module, layers: Collection[nn.Module]) -> Iterator
 class _Cast:
     """A hook that casts tensors to ``dtype``; ``narrower``: those that are narrower, too."""
 
-    def __init__(self, dtype: torch.dtype, *, narrower: bool) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, *, narrower: bool) -> None:
+        self._name = name
         self._dtype = dtype
         self._narrower = narrower
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._narrower and any(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in (*args, *kwargs.values())):
+            raise SylinitError(
+                f"layer {self._name!r} meets unsigned bytes (uint8), which it cannot multiply; pass real numbers, "
+                "scaled as they will be in training, such as x.float() / 255"
+            )
         if not any(map(self._unreadable, (*args, *kwargs.values()))):
             return None
         return tuple(map(self._cast, args)), {key: self._cast(value) for key, value in kwargs.items()}
@@ -95,8 +101,6 @@ class _Cast:
     def _unreadable(self, value: Any) -> bool:
         if not isinstance(value, Tensor) or value.dtype == self._dtype or value.layout is torch.sparse_csr:
             return False
-        if value.dtype == torch.uint8:
-            return self._narrower
         if not value.is_floating_point() or torch.is_autocast_enabled(value.device.type):
             return False
         return self._narrower or torch.finfo(value.dtype).bits > torch.finfo(self._dtype).bits

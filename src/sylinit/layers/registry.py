@@ -137,7 +137,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def _makers(module: nn.Module) -> list[MakeViews]:
-    """How to see a module: as its class is registered, or, where it has a matrix, as either layout of a linear layer."""
+    """How to see a module: as its class is registered, or as either layout of a linear layer."""
     for kind, make in reversed(LAYERS.items()):
         if isinstance(module, kind):
             return [make]

@@ -35,10 +35,10 @@ def conjugate_gradients(
     while steps < max_steps and not finished(r):
         z = precondition(r)
         previous, rho = rho, _dot(r, z)
-        p = z + _ratio(rho, previous) * p
+        p = torch.addcmul(z, _ratio(rho, previous), p)
         applied = apply(p)
         alpha = _ratio(rho, _dot(p, applied))
-        w, r = w + alpha * p, r - alpha * applied
+        w, r = torch.addcmul(w, alpha, p), torch.addcmul(r, alpha, applied, value=-1)
         steps += 1
     return w, r, steps
 
@@ -50,4 +50,4 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """``x / y``, 0 where ``y`` is: a row that is solved stays as it is."""
-    return torch.where(y > 0, x / torch.where(y > 0, y, 1), 0)
+    return torch.where(y > 0, x / y, 0)

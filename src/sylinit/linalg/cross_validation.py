@@ -17,7 +17,7 @@ WEIGHTS = torch.logspace(-4, 4, 65, dtype=torch.float64)
 """Encoding weights that are compared: eight a decade."""
 
 
-def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tensor) -> float:
+def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tensor, chunk: int = 1 << 22) -> float:
     """The encoding weight lambda of least generalized cross-validation error.
 
         GCV(lambda) = sum_i  RSS_i / n / (1 - tr(H_i) / n)^2
@@ -29,6 +29,7 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
         variances: of the rows' principal axes, ``[g, r]``.
         cross: covariance of the one with the other, ``[g, k, r]``.
         count: n, the number of rows.
+        chunk: numbers that are formed at once.
 
     Returns:
         One weight for all units: the smallest of `WEIGHTS` where several are best.
@@ -36,15 +37,14 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*,
     Technometrics 1979.
     """
-    v = variances.clamp(min=0).unsqueeze(1)
-    size = a.clamp(min=0).unsqueeze(2)
-    errors = []
-    for weight in WEIGHTS.tolist():
-        total = size + weight * v
-        inverse = torch.where(total > 0, 1 / torch.where(total > 0, total, 1), 0)
-        fit = weight * cross * inverse  # of code i on axis j
-        rss = a.clamp(min=0) - (2 * fit * cross - fit.square() * v).sum(2)
-        freedom = (weight * v * inverse).sum(2) + 1
-        unseen = (1 - freedom / count).clamp(min=1e-6)
-        errors.append((rss.clamp(min=0) / unseen.square()).sum())
-    return float(WEIGHTS[int(torch.stack(errors).argmin())])
+    a, v = a.clamp(min=0), variances.clamp(min=0).unsqueeze(1)
+    tiny = torch.finfo(v.dtype).tiny
+    explained = torch.where(v > 0, cross.square() / v.clamp(min=tiny), 0)  # of code i by axis j, without shrinkage
+    weights, errors = WEIGHTS.to(v), []
+    for some in weights.split(max(1, chunk // explained.numel())):
+        sizes = some.view(-1, 1, 1, 1) * v
+        kept = sizes / (sizes + a.unsqueeze(2)).clamp_(min=tiny)  # lambda v / (a + lambda v), [w, g, k, r]
+        unseen = (1 - (kept.sum(3) + 1) / count).clamp_(min=1e-6)
+        rss = a - (kept * (2 - kept) * explained).sum(3)
+        errors.append((rss.clamp_(min=0) / unseen.square()).sum((1, 2)))
+    return float(weights[torch.cat(errors).argmin()])

@@ -12,6 +12,8 @@ With ``A = U diag(a) U^T`` the equation ``A W + W (lambda Cov) = C`` falls apart
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -67,67 +69,61 @@ def solve_projected(
     Returns:
         The solution in the dtype of ``c``, and its true residual.
     """
-    unit = a.diagonal().mean(dtype=torch.float64) + encoding_weight * covariance.diagonal().mean(dtype=torch.float64)
-    unit = torch.where(unit > 0, unit, 1)  # small things are divided by it, to stay clear of float32's limits
-    norm = torch.linalg.matrix_norm(c)
-    norm = torch.where(norm > 0, norm, 1)
+    sizes = torch.stack([a.diagonal().mean().double(), covariance.diagonal().mean().double(), c.norm().double()])
+    size_a, size_b, norm = sizes.tolist()
+    unit = size_a + encoding_weight * size_b or 1.0  # small things are divided by it, to stay clear of float32's limits
+    norm, scale = norm or 1.0, encoding_weight / unit  # lambda Cov / unit = scale Cov
+    limit = 0.1 * tolerance * len(c) ** -0.5  # a row's part of a residual well below the tolerance
 
     a, u = robust_eigh(a.double() / unit)
     turn = u.float()
     remainder = turn.T @ (c / norm).float()
-    share = remainder.norm(dim=1)
-    small = 0.1 * tolerance * len(c) ** -0.5  # a row's part of a residual well below the tolerance
-    rows = share > small  # a code of low rank leaves nothing to solve for in the null space of A
-    if not bool(rows.any()):
-        return Approximation(torch.zeros_like(c), c, share.norm().double(), 0)
-    right, a = remainder[rows], a[rows]
+    share = remainder.norm(dim=1, keepdim=True)
+    right = remainder * (share > limit)  # a code of low rank leaves nothing to solve for in the null space of A
+    ignored = remainder - right
 
-    b, q, scale = covariance.float(), subspace.basis, encoding_weight / unit  # lambda Cov / unit = scale b
+    b, q = covariance.float(), subspace.basis
     inside = pair_inverse(a, subspace.variances * scale).float()
     outside = pair_inverse(a, subspace.rest.view(1) * scale).float()
-    shared, a, scale = _shared_system(a), a.float().unsqueeze(1), scale.float()
-    together = None
-    if shared_factor_inputs * (shared.stop - shared.start) > len(b):
-        together = _factorized(b, a[shared].mean() / scale, right[shared] / scale)
-    alone = torch.ones(len(a), dtype=torch.bool, device=a.device)
-    alone[shared] = together is None
-    w = torch.empty_like(right)
-    w[alone] = (inside[alone] * (right[alone] @ q)) @ q.T
-    if together is not None:
-        w[shared] = together
-    r = right - a * w - scale * (w @ b)
+    start, stop = _shared_system(a.tolist())
+    a = a.float().unsqueeze(1)
+    w = (inside * (right @ q)) @ q.T
+    if shared_factor_inputs * (stop - start) > len(b):
+        together = _factorized(b, float(a[start:stop].mean()) / scale, right[start:stop] / scale)
+        if together is not None:
+            w[start:stop] = together
+    r = torch.addmm(right - a * w, w, b, alpha=-scale)
 
-    left = r.norm(dim=1) > 5 * small
+    lengths = r.norm(dim=1).tolist()
+    left = [row for row, length in enumerate(lengths) if length > 5 * limit]
     steps = 0
-    if bool(left.any()):
-        done = (share[~rows].square().sum() + r[~left].square().sum()).sqrt()
+    if left:
+        done = math.hypot(float(ignored.norm()), *(length for length in lengths if length <= 5 * limit))
+        rows = torch.tensor(left, device=w.device)
+        a, inside, outside = a[rows], inside[rows], outside[rows]
+        inside = inside - outside
 
         def apply(x: Tensor) -> Tensor:
-            return a[left] * x + scale * (b @ x.mT).mT  # in this order faster for few rows
+            return torch.add(a * x, (b @ x.mT).mT, alpha=scale)  # in this order faster for few rows
 
         def precondition(x: Tensor) -> Tensor:
-            return outside[left] * x + ((inside - outside)[left] * (x @ q)) @ q.T
+            return torch.addmm(outside * x, inside * (x @ q), q.T)
 
         def finished(x: Tensor) -> bool:
-            return bool(torch.hypot(done, x.norm()) <= tolerance)
+            return math.hypot(done, float(x.norm())) <= tolerance
 
-        w[left], r[left], steps = conjugate_gradients(apply, precondition, w[left], r[left], finished, max_steps)
-    remainder[rows] = r
-    weight = torch.zeros_like(remainder)
-    weight[rows] = w
-    weight, left_over = ((turn @ x).to(c.dtype) for x in (weight, remainder))
+        w[rows], r[rows], steps = conjugate_gradients(apply, precondition, w[rows], r[rows], finished, max_steps)
+    weight, left_over = (turn @ torch.stack([w, r + ignored])).to(c.dtype).unbind()
     return Approximation(weight * (norm / unit), left_over * norm, left_over.norm().double(), steps)
 
 
-def _shared_system(a: Tensor) -> slice:
-    """The largest set of neighbours in ascending ``a`` that agree to a thousandth."""
-    stop = torch.searchsorted(a, a * 1.001, right=True)
-    size = stop - torch.arange(len(a), device=a.device)
-    start = int(size.argmax())
-    return slice(start, int(stop[start]))
+def _shared_system(a: list[float]) -> tuple[int, int]:
+    """The largest set of neighbors in ascending ``a`` that agree to a thousandth: from one index to another."""
+    found = ((start, bisect_right(a, value + 1e-3 * abs(value))) for start, value in enumerate(a))
+    return max(found, key=lambda span: span[1] - span[0])
 
 
-def _factorized(b: Tensor, a: Tensor, right: Tensor) -> Tensor | None:
+def _factorized(b: Tensor, a: float, right: Tensor) -> Tensor | None:
     """``right (a + b)^-1`` by a Cholesky factor, or None where float32 does not find one."""
     diagonal = b.diagonal()
     kept = diagonal.clone()

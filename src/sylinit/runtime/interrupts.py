@@ -46,20 +46,6 @@ def held_interrupts() -> Iterator[Held]:
 
 
 @contextmanager
-def told_interrupts(tell: Callable[[BaseException], object]) -> Iterator[None]:
-    """Give whatever Ctrl-C would raise to ``tell``, called in the main thread wherever that is."""
-
-    def catch(usual: Handler, number: int, frame: object) -> None:
-        try:
-            usual(number, frame)
-        except BaseException as error:
-            tell(error)
-
-    with _handled(catch):
-        yield
-
-
-@contextmanager
 def _handled(handler: Callable[[Handler, int, object], None]) -> Iterator[None]:
     """Call ``handler(usual, number, frame)`` instead of the usual handler of Ctrl-C."""
     usual = signal.getsignal(signal.SIGINT)

@@ -28,6 +28,11 @@ class Processes:
     """
 
     def __init__(self, group: Any = None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise SylinitError(
+                f"group must be a torch.distributed process group or None, got {group!r}; pass "
+                "torch.distributed.group.WORLD for all processes"
+            )
         self._group = group
         self._held: Held | None = None
         self.size = dist.get_world_size(group) if group is not None else 1
@@ -113,7 +118,7 @@ class Processes:
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Give every process the tensor of the first one, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, dist.get_global_rank(self._group, 0), group=self._group)
+            dist.broadcast(tensor, self.ranks[0], group=self._group)
         return tensor
 
 

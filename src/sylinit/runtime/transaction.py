@@ -40,6 +40,7 @@ class Transaction:
         self._registered: list[tuple[Any, dict[str, Any]]] = [
             (registry, dict(registry)) for module in plain for registry in _registries(module)
         ]
+        self._hooks = [(table, dict(table)) for module in plain for table in _hook_tables(module)]
         self._attributes = [(module, _attributes(module)) for module in plain]
         self._contents = [(value, _content(value)) for _, held in self._attributes for value in _containers(held)]
         plainly_held = (v for _, held in self._attributes for v in held.values() if type(v) is Tensor)
@@ -73,6 +74,7 @@ class Transaction:
         """Put everything back: all of it after a failure; after success all but the results."""
         with torch.no_grad(), held_interrupts():
             kept = self._kept if succeeded else set()
+            self._restore_hooks()
             self._restore_modes()
             self._restore_modules()  # after it, for a module's own train() reads and sets flags of its own
             self._restore_numbers(kept)
@@ -96,6 +98,13 @@ class Transaction:
                     now[key] = value
         for container, content in self._contents:
             _refill(container, content)
+
+    def _restore_hooks(self) -> None:
+        """Those of the pass take themselves off; an interrupt may have come in between."""
+        for table, entries in self._hooks:
+            if table.keys() != entries.keys():
+                table.clear()
+                table.update(entries)
 
     def _restore_modes(self) -> None:
         """Through ``train()``, which in some modules does more than to set a flag: adapters merge and unmerge there."""
@@ -130,6 +139,10 @@ def _rewritable(model: nn.Module) -> Iterator[Tensor]:
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return tuple(vars(module)[name] for name in REGISTRIES)
+
+
+def _hook_tables(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    return (value for key, value in vars(module).items() if "_hooks" in key and isinstance(value, dict))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

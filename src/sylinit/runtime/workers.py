@@ -1,7 +1,7 @@
 """Running a model so that each layer meets all of its input before it is computed.
 
 The calibration set is one batch wherever its parts allow it. Then the model runs once, in the caller's thread
-(`run_once`). Parts that cannot be concatenated run *interleaved* (`run_interleaved`): each in a worker thread that does
+(`OnePass`). Parts that cannot be concatenated run *interleaved* (`Interleaved`): each in a worker thread that does
 nothing but run the model and stops at every layer site. A loop in the caller's thread lets one worker at a time run
 until it stops, picks the site that comes first in the model, computes it from all that waits there, and lets those
 workers go on. With a process group the processes agree on the site, so each process is like more workers.
@@ -21,6 +21,7 @@ from torch import nn
 
 from sylinit.errors import SylinitError
 from sylinit.runtime.flags import changed_flags, read_flags
+from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.state import State
 
 Compute = Callable[[int, dict[int, Any]], None]
@@ -125,8 +126,9 @@ class Interleaved:
                 for worker in here:
                     worker.leave()
         finally:
-            for worker in self._workers:
-                worker.stop()
+            with held_interrupts():  # a second Ctrl-C must not leave threads behind
+                for worker in self._workers:
+                    worker.stop()
 
     def meet(self, site: int, name: str, payload: Any) -> None:
         """Wait at a site, from inside a part's forward pass, until its layer is computed."""

@@ -38,11 +38,13 @@ class Equation:
 def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -> Equation:
     """Draw the code of a layer and form its equation."""
     code = _code(problem, axes, config)
-    cross = code.on_x * axes.variances.unsqueeze(1) + code.on_t @ axes.xt.mT
-    gram = cross @ code.on_x.mT + (code.on_x @ axes.xt + code.on_t @ axes.tt) @ code.on_t.mT
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=_TINY)
-    scale = (cov.variance.clamp(min=0) / size).sqrt().view(-1, 1, 1)
-    return Equation(LinearCode(code.on_x * scale, code.on_t * scale), gram * scale.square(), cross * scale)
+    on_x, on_t = code.on_x, code.on_t
+    cross = torch.baddbmm(on_x * axes.variances.unsqueeze(1), on_t, axes.xt.mT)
+    on_target = torch.baddbmm(torch.bmm(on_x, axes.xt), on_t, axes.tt.expand(len(on_t), -1, -1))  # S t^T
+    gram = torch.baddbmm(torch.bmm(on_target, on_t.mT), cross, on_x.mT)
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_(min=_TINY)
+    scale = (cov.variance / size).clamp_(min=0).sqrt_().view(-1, 1, 1)
+    return Equation(LinearCode(on_x * scale, on_t * scale), gram * scale.square(), cross * scale)
 
 
 def solve_in_axes(
@@ -59,7 +61,7 @@ def solve_in_axes(
     encoding_weight = problem.encoding_weight(config)
     if encoding_weight is None:
         a, u = robust_eigh(gram)
-        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count)
+        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count, config.chunk)
     weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross, span)
     return weight, encoding_weight
 
@@ -89,21 +91,24 @@ def judged(
         config: the constants of the method.
     """
     right = (1 + encoding_weight) * cross
-    left = decoded + encoding_weight * encoded
-    agreement = 2 * (weight * cross).sum(dtype=torch.float64)
-    code_energy = equation.gram.diagonal(dim1=1, dim2=2).sum().clamp(min=_TINY)
-    row_energy = (cov.variance.sum() * cov.dim).clamp(min=_TINY)
+    difference = torch.add(decoded, encoded, alpha=encoding_weight) - right
     output_variance = (encoded * weight).sum(2, dtype=torch.float64)
-    residual = ((left - right).norm() / right.norm().clamp(min=_TINY)).double()
-    encoding_error = 1 + (output_variance.sum() - agreement) / code_energy
-    decoding_error = 1 + ((decoded * weight).sum(dtype=torch.float64) - agreement) / row_energy
-    residual, encoding_error, decoding_error = torch.stack([residual, encoding_error, decoding_error]).tolist()
+    measured = [
+        torch.linalg.vector_norm(difference, dtype=torch.float64),
+        torch.linalg.vector_norm(right, dtype=torch.float64),
+        output_variance.sum(),
+        (decoded * weight).sum(dtype=torch.float64),
+        (weight * cross).sum(dtype=torch.float64),
+        equation.gram.diagonal(dim1=1, dim2=2).sum(),
+        cov.variance.sum(),
+    ]
+    remainder, size, encoded_energy, decoded_energy, agreement, code, rows = torch.stack(measured).tolist()
     return Fit(
         weight=weight.double(),
         encoding_weight=encoding_weight,
-        residual=residual,
-        encoding_error=encoding_error,
-        decoding_error=decoding_error,
+        residual=remainder / max(size, _TINY),
+        encoding_error=1 + (encoded_energy - 2 * agreement) / max(code, _TINY),
+        decoding_error=1 + (decoded_energy - 2 * agreement) / max(rows * cov.dim, _TINY),
         solver=solver,
         alive=cov.variance > config.constant_variance * cov.mean_x.square().mean(1) + 1e-30,
         statistics=cov,
@@ -117,8 +122,7 @@ def with_varied_targets(problem: Problem, cov: Covariance, config: Config) -> tu
     Returns:
         Both, and a note for the report.
     """
-    spread = cov.tt.diagonal(dim1=-2, dim2=-1).sum(-1)
-    same = spread <= config.constant_variance * cov.mean_t.square().sum(-1)
+    same = cov.tt.diagonal(dim1=-2, dim2=-1).sum(-1) <= config.constant_variance * cov.mean_t.square().sum(-1)
     if not bool(same.any()):
         return problem, cov, ""
     # What is left of the targets' covariance is rounding.

@@ -29,9 +29,16 @@ class Layout:
     outer: int = 1
     inner: int = 1
 
-    def fits(self, lead: tuple[int, ...], samples: int) -> bool:
-        """Whether rows can lie so."""
-        return self.axis < len(lead) and lead[self.axis] == self.outer * samples * self.inner
+    def in_batch(self, lead: tuple[int, ...], samples: int) -> Layout | None:
+        """The same layout in a batch of other sequences or windows: more or fewer entries beside each sample."""
+        if self.axis >= len(lead) or lead[self.axis] % samples:
+            return None
+        fold = lead[self.axis] // samples
+        if fold == self.outer * self.inner:
+            return self
+        if fold > 1 and self.outer == 1 < self.inner:
+            return Layout(self.axis, 1, fold)
+        return Layout(self.axis, fold, 1) if fold > 1 and self.inner == 1 < self.outer else None
 
     def locate(self, lead: tuple[int, ...], samples: int, index: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
         """The sample of each row, its other coordinates, and their sizes.
@@ -91,8 +98,8 @@ def layout_of(changed: Tensor, lead: tuple[int, ...], samples: int, marked: int)
 def align(lead: tuple[int, ...], samples: int, layout: Layout | None) -> Layout | None:
     """The layout of a layer's rows: as it was seen, else where a leading dimension counts the samples, else None."""
     if layout is not None:
-        return layout if layout != UNKNOWN and layout.fits(lead, samples) else None
-    return next((Layout(axis) for axis in (0, 1) if Layout(axis).fits(lead, samples)), None)
+        return None if layout == UNKNOWN else layout.in_batch(lead, samples)
+    return next((Layout(axis) for axis in (0, 1) if axis < len(lead) and lead[axis] == samples), None)
 
 
 def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, index: Tensor | None) -> Tensor:
@@ -119,7 +126,8 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
     if len(spots) != len(sizes):
         return vectors.flatten(1, -2).nanmean(1)[sample]
     nearest = [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
-    return vectors[(sample, *nearest)]
+    place = (sample, *nearest)
+    return vectors[place]
 
 
 def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | None:

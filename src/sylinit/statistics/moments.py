@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,25 +69,29 @@ class Moments:
         )
 
     @torch.no_grad()
-    def update(self, rows: Tensor, targets: Tensor | None = None) -> Moments:
+    def update(self, rows: Tensor, targets: Tensor | None = None, chunk: int = CHUNK) -> Moments:
         """Add rows ``[g, n, d]`` and their targets ``[n, c]``.
 
-        Exact to the rounding of ``xx``'s dtype however the rows are cut into calls.
+        Exact to the rounding of ``xx``'s dtype however the rows are cut into calls, and these into chunks of so many
+        numbers.
         """
         _, count, dim = rows.shape
-        step = max(1, CHUNK // max(1, rows.shape[0] * dim))
+        step = max(1, chunk // max(1, rows.shape[0] * dim))
         for start in range(0, count, step):
-            x = rows[:, start : start + step].to(self.xx.dtype)
-            t = x.new_zeros(x.shape[1], 0) if targets is None else targets[start : start + step].to(x)
+            x = rows[:, start : start + step].to(self.xx.dtype, memory_format=torch.contiguous_format)
             self.count += x.shape[1]
             self.sum_x += x.sum(1, dtype=torch.float64)
-            self.sum_t += t.sum(0, dtype=torch.float64)
-            for column in range(0, dim, BLOCK):
-                block = slice(column, column + BLOCK)
-                self.xx[:, block, column:].baddbmm_(x[:, :, block].mT, x[:, :, column:])
-            if t.shape[1]:
+            if dim <= BLOCK:
+                self.xx.baddbmm_(x.mT, x)
+            else:
+                for column in range(0, dim, BLOCK):
+                    block = slice(column, column + BLOCK)
+                    self.xx[:, block, column:].baddbmm_(x[:, :, block].mT, x[:, :, column:])
+            if targets is not None and targets.shape[1]:
+                t = targets[start : start + step].to(x)
+                self.sum_t += t.sum(0, dtype=torch.float64)
                 self.tt += t.T @ t
-                self.xt += x.mT @ t
+                self.xt += torch.bmm(x.mT, t.expand(len(x), -1, -1))
         return self
 
     @torch.no_grad()
@@ -108,11 +113,7 @@ class Moments:
         mean_x, mean_t = self.sum_x / count, self.sum_t / count
         mean = mean_x.to(self.xx)
         xx = (self.xx / count).baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
-        for column in range(0, xx.shape[1], BLOCK):  # the upper triangle onto the lower one, in place
-            block = slice(column, column + BLOCK)
-            corner = xx[:, block, block].triu()
-            xx[:, block, block] = corner + corner.triu(1).mT
-            xx[:, column + BLOCK :, block] = xx[:, block, column + BLOCK :].mT
+        _mirror(xx)
         return Covariance(
             dim=mean_x.shape[1],
             count=self.count,
@@ -122,6 +123,17 @@ class Moments:
             xt=self.xt / count - mean_x.unsqueeze(2) * mean_t,
             tt=self.tt / count - torch.outer(mean_t, mean_t),
         )
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy the upper triangle of ``[g, d, d]`` onto the lower one, in place and block by block."""
+    dim = matrix.shape[1]
+    for column in range(0, dim, BLOCK):
+        block = slice(column, column + BLOCK)
+        corner = matrix if dim <= BLOCK else matrix[:, block, block]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        if column + BLOCK < dim:
+            matrix[:, column + BLOCK :, block] = matrix[:, block, column + BLOCK :].mT
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,7 @@ class Covariance:
         """A weight ``[g, k, r]`` on the axes of `basis` as one on the rows themselves, ``[g, k, d]``."""
         return weight if self.basis is None else weight @ self.basis.mT
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """Mean variance of a coordinate of ``x``, ``tr(xx) / d``, shape ``[g]``: the square of ``x``'s RMS."""
         return self.xx.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) / self.dim

@@ -12,7 +12,10 @@ off again:
 
     1[u in window(a)] = prod over axes of (1 - sum over e that a leaves out on that axis of 1[u = e])
 
-which expands into *strips*: everything, single rows, single columns, and the corners where they cross.
+which expands into *strips*: everything, single rows, single columns, and the corners where they cross. Offsets that
+differ in their last coordinate only are one batched product of overlapping views of the same memory.
+
+With few channels in each of several groups, products are cheap and the patches themselves are formed.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, combinations_with_replacement, product
+from functools import lru_cache
+from itertools import combinations_with_replacement, pairwise, product
 from typing import Any
 
 import torch
@@ -34,21 +38,29 @@ from sylinit.statistics.moments import CHUNK, Moments
 Strip = tuple[int | slice, ...]
 """For each axis one position, or all of them."""
 
+Offset = tuple[int, ...]
+
 ALL = slice(None)
 
-ROOM = 1.15
-"""Zeros around images are worth it up to this many times their pixels."""
+MAX_ZEROS = 1.15
+"""Zeros behind the lines of images are cheaper than copies up to this many times their pixels."""
+
+SMALL_GROUP = 64
+"""Up to this many inputs of each of several groups, forming all patches costs less than many small correlations."""
 
 
 @torch.no_grad()
-def patch_moments(view: View, inputs: Sequence[tuple[Any, Tensor]], dtype: torch.dtype = torch.float64) -> Moments:
+def patch_moments(
+    view: View, inputs: Sequence[tuple[Any, Tensor]], dtype: torch.dtype = torch.float64, chunk: int = CHUNK
+) -> Moments:
     """The moments of all rows of a view, in memory that does not grow with their number.
 
     Args:
-        view: of any layer; convolutions go the short way where it `pays`.
+        view: of any layer; convolutions are correlated with themselves where that `serves`.
         inputs: what `View.input` returned, and ``[samples, c]`` targets that all positions of a sample share; at least
             one pair.
         dtype: in which products are formed and summed.
+        chunk: numbers that are formed at once.
 
     Returns:
         The moments of ``[1, x, t]``, exact to rounding.
@@ -56,18 +68,18 @@ def patch_moments(view: View, inputs: Sequence[tuple[Any, Tensor]], dtype: torch
     short: list[tuple[Any, Tensor]] = []
     others: list[tuple[Any, Tensor]] = []
     for pair in inputs:
-        (short if pays(view, pair[0]) else others).append(pair)
+        (short if serves(view, pair[0]) else others).append(pair)
     if short:
         assert isinstance(view, ConvView)
-        sums = correlate(view, short, dtype)
+        sums = correlate(view, short, dtype, chunk)
     else:
         sums = Moments.zeros(view.groups, view.dim, inputs[0][1].shape[1], inputs[0][1].device, dtype)
     for x, t in others:
-        stream(sums, view, x, t)
+        stream(sums, view, x, t, chunk)
     return sums
 
 
-def pays(view: View, x: Any) -> bool:
+def serves(view: View, x: Any) -> bool:
     """Whether `correlate` serves a layer, and in less time than `stream`.
 
     Measured on a CPU, 1 to 512 channels: 1.2 to 8 times faster, except for tiny images, which are mostly rim, and for
@@ -79,62 +91,69 @@ def pays(view: View, x: Any) -> bool:
     return len(windows.taps) <= 32 and math.prod(windows.room) <= 3 * math.prod(windows.places)
 
 
-def share_for_all(view: ConvView) -> float:
+def equal_cost_share(view: ConvView) -> float:
     """The share of the rows whose products take as many operations as `correlate` needs for all of them."""
     kernel = view.module.kernel_size
     offsets = (math.prod(2 * size - 1 for size in kernel) + 1) / 2
     return 2 * offsets / math.prod(kernel) ** 2
 
 
-def stream(sums: Moments, view: View, x: Any, targets: Tensor) -> None:
+def stream(sums: Moments, view: View, x: Any, targets: Tensor, chunk: int = CHUNK) -> None:
     """Add all rows, some at a time."""
     positions = math.prod(view.positions(x)[1])
-    total, step = len(targets) * positions, max(1, CHUNK // (view.groups * view.dim))
+    if isinstance(view, ConvView) and not isinstance(view, ConvTransposeView):
+        images, step = view.images(x), max(1, chunk // (view.groups * view.dim * positions))
+        for start in range(0, len(images), step):
+            t = targets[start : start + step].repeat_interleave(positions, 0)
+            sums.update(_patches(view, images[start : start + step], sums.xx.dtype), t, chunk)
+        return
+    total, step = len(targets) * positions, max(1, chunk // (view.groups * view.dim))
     for start in range(0, total, step):
         index = torch.arange(start, min(start + step, total), device=targets.device)
-        sums.update(view.rows(x, index), targets[index // positions])
+        sums.update(view.rows(x, index), targets[index // positions], chunk)
 
 
-def correlate(view: ConvView, inputs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64) -> Moments:
+def correlate(
+    view: ConvView, inputs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64, chunk: int = CHUNK
+) -> Moments:
     """The moments of all patches at stride 1, from the correlations of the input with itself."""
-    like = inputs[0][0].new_empty(0, dtype=torch.float64)
-    taps, channels, width = math.prod(view.module.kernel_size), view.channels, inputs[0][1].shape[1]
-    first = like.new_zeros(taps, view.groups, channels, 1 + width)
-    second = like.new_zeros(taps, taps, view.groups, channels, channels, dtype=dtype)
-    count, sum_t, tt = like.new_zeros(()), like.new_zeros(width), like.new_zeros(width, width)
+    taps, groups, channels, width = (
+        math.prod(view.module.kernel_size),
+        view.groups,
+        view.channels,
+        inputs[0][1].shape[1],
+    )
+    sums = Moments.zeros(groups, view.dim, width, inputs[0][0].device, dtype)
+    if groups > 1 and view.dim <= SMALL_GROUP:
+        for x, targets in inputs:
+            stream(sums, view, x, targets, chunk)
+        return sums
+    first = sums.xt.new_zeros(taps, groups * channels * (1 + width))
+    second = sums.xx.new_zeros(taps**2, groups * channels**2)
     for x, targets in inputs:
         images, windows, targets = view.images(x), _windows(view, x), targets.double()
+        plan, size = _plan(windows), images.shape[1] * math.prod(windows.room)
         shared = torch.cat([targets.new_ones(len(targets), 1), targets], 1)  # [1, t]
-        strips = [(strip, windows.signs(strip)) for strip in windows.strips]
-        offsets = windows.pairs.items()
-        step = max(1, CHUNK // (images.shape[1] * math.prod(windows.room)))
-        for start in range(0, len(images), step):
-            field = _Field(_padded(view, images[start : start + step]), view.groups, windows, dtype)
-            for strip, signs in strips:
-                part = field.sums(strip).mT @ shared[start : start + step]
-                for tap, sign in signs.items():
-                    first[tap] += sign * part
-                for offset, pairs in offsets:
-                    mine = [(a, b) for a, b in pairs if a in signs]
-                    if mine and windows.meets(strip, offset):
-                        block = field.correlation(strip, offset)
-                        for a, b in mine:
-                            second[a, b].add_(block, alpha=signs[a])
+        sums_of_strips = first.new_zeros(len(plan.strips), groups, channels, 1 + width)
+        products = second.new_zeros(plan.products, groups, channels, channels)
+        for start in range(0, len(images), step := max(1, chunk // size)):
+            line = _Line(_padded(view, images[start : start + step]), groups, windows, dtype)
+            parts = torch.stack([line.sums(strip) for strip in plan.strips])
+            sums_of_strips += parts.mT @ shared[start : start + step]
+            for batch in plan.batches:
+                products[batch.place : batch.place + batch.count] += line.correlation(batch)
+        first.addmm_(first.new_tensor(plan.signs), sums_of_strips.flatten(1))
+        second.addmm_(second.new_tensor(plan.signs_of_pairs), products.flatten(1))
         places = math.prod(view.places(x))
-        count += len(images) * places
-        sum_t += places * targets.sum(0)
-        tt += places * (targets.T @ targets)
-    for a, b in combinations(range(taps), 2):
-        second[b, a] = second[a, b].mT
-    first = first.permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
-    return Moments(
-        count=count,
-        sum_x=first[:, :, 0],
-        sum_t=sum_t,
-        xx=second.permute(2, 3, 0, 4, 1).reshape(view.groups, view.dim, view.dim),  # as the weight is laid out
-        xt=first[:, :, 1:],
-        tt=tt,
-    )
+        sums.count += len(images) * places
+        sums.sum_t.add_(targets.sum(0), alpha=places)
+        sums.tt.addmm_(targets.T, targets, alpha=places)
+    first = first.view(taps, groups, channels, -1).permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
+    sums.sum_x, sums.xt = first[:, :, 0], first[:, :, 1:]
+    half = second.view(taps, taps, groups, channels, channels)
+    blocks = half + half.permute(1, 0, 2, 4, 3)
+    sums.xx = blocks.permute(2, 3, 0, 4, 1).reshape(groups, view.dim, view.dim)  # as the weight is laid out
+    return sums
 
 
 @dataclass(frozen=True)
@@ -190,7 +209,7 @@ class _Windows:
     def meets(self, strip: Strip, offset: tuple[int, ...]) -> bool:
         """Whether a strip is still on the image after a shift."""
         return all(
-            isinstance(e, slice) or 0 <= e + shift < size
+            abs(shift) < size if isinstance(e, slice) else 0 <= e + shift < size
             for e, shift, size in zip(strip, offset, self.sizes, strict=True)
         )
 
@@ -198,56 +217,156 @@ class _Windows:
         return e not in range(start, start + self.places[axis])
 
 
-class _Field:
-    """Some images as one long line of pixels ``[g, n, channels]``.
+@dataclass(frozen=True)
+class _Batch:
+    """Products over one strip whose offsets differ in their last coordinate only.
 
-    Large images get zeros where a shift may lead, so that a shift of all images is a shift along the line, and both
-    factors of a correlation are views of the same memory. In small images such zeros would be much of the work: there
-    the pixels that meet are copied out instead.
+    Attributes:
+        place: of the first among all products.
+        count: of products.
+        strip: which positions.
+        offset: of the first.
+        step: from one offset to the next.
+    """
+
+    place: int
+    count: int
+    strip: Strip
+    offset: Offset
+    step: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which products and sums over strips are formed, and how often each is in the block of a pair of taps.
+
+    Attributes:
+        strips: that any tap leaves out, and everything.
+        signs: ``[taps, strips]``, how the window of a tap counts a strip.
+        batches: the products, ``products`` in all.
+        products: their number.
+        signs_of_pairs: ``[taps^2, products]``, for half of the matrix of blocks: zero where a > b, and halved where
+            a = b.
+    """
+
+    strips: list[Strip]
+    signs: list[list[int]]
+    batches: list[_Batch]
+    products: int
+    signs_of_pairs: list[list[float]]
+
+
+@lru_cache(maxsize=64)
+def _plan(windows: _Windows) -> _Plan:
+    strips, taps = windows.strips, len(windows.taps)
+    step = max((b - a for a, b in pairwise(windows.starts[-1])), default=1)
+    batches: list[_Batch] = []
+    counted: list[tuple[int, int, int, int]] = []  # tap, tap, product, sign
+    total = 0
+    for strip in strips:
+        signs = windows.signs(strip)
+        needed: dict[Offset, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
+        for offset, pairs in windows.pairs.items():
+            mine = [(a, b) for a, b in pairs if a in signs]
+            if mine and windows.meets(strip, offset):
+                needed[offset[:-1]][offset[-1]] = mine
+        for leading, lasts in needed.items():
+            low = min(lasts)
+            count = (max(lasts) - low) // step + 1
+            batches.append(_Batch(total, count, strip, (*leading, low), step))
+            for last, mine in lasts.items():
+                counted += [(a, b, total + (last - low) // step, signs[a]) for a, b in mine]
+            total += count
+    signs_of_pairs = [[0.0] * total for _ in range(taps**2)]
+    for a, b, place, sign in counted:
+        signs_of_pairs[taps * a + b][place] = sign / 2 if a == b else sign
+    signs_of_taps = [[windows.signs(strip).get(tap, 0) for strip in strips] for tap in range(taps)]
+    return _Plan(strips, signs_of_taps, batches, total, signs_of_pairs)
+
+
+class _Line:
+    """Some images as one long line of pixels, ``[g, pixels, channels]``: first axis, samples, other axes.
+
+    Behind each of the other axes are zeros where an offset may lead, so that an offset is a shift along the line, and
+    both factors of a correlation are views of the same memory. In small images such zeros would be much of the work,
+    and of several groups no two dimensions of a batch make one: there the pixels that meet are copied side by side.
     """
 
     def __init__(self, images: Tensor, groups: int, windows: _Windows, dtype: torch.dtype) -> None:
+        images = images.unflatten(1, (groups, -1))
+        images = images.unsqueeze(3) if images.ndim == 4 else images  # a single axis is the last one
         self._sizes = windows.sizes
-        self._roomy = math.prod(windows.room) <= ROOM * math.prod(windows.sizes)
-        shape = (len(images), *(windows.room if self._roomy else windows.sizes))
-        self._steps = [math.prod(shape[axis + 2 :]) for axis in range(len(windows.sizes))]
-        self._shape = shape
-        self._pixels = math.prod(shape)
-        channels = images.shape[1] // groups
-        beyond = math.prod(windows.room) if self._roomy else 0
-        self._line = images.new_zeros(groups, self._pixels + beyond, channels, dtype=dtype)
-        inner = tuple(slice(size) for size in windows.sizes)
-        self._part(inner, 0).copy_(images.unflatten(1, (groups, channels)).movedim(2, -1).movedim(1, 0))
+        self._shape = (windows.sizes[0], len(images), *windows.room[1:])
+        self._steps = [math.prod(self._shape[axis + 1 :]) for axis in range(len(self._shape))]
+        reach = [room - size for room, size in zip(windows.room[1:], windows.sizes[1:], strict=True)]
+        self._copies = groups > 1 or math.prod(self._shape[2:]) > MAX_ZEROS * math.prod(windows.sizes[1:])
+        self._margin = sum(by * step for by, step in zip(reach, self._steps[2:], strict=True))
+        self._channels, pixels = images.shape[2], math.prod(self._shape)
+        self._line = images.new_zeros(groups, pixels + 2 * self._margin, self._channels, dtype=dtype)
+        self._part((ALL,) * len(self._sizes), 0, inner=True).copy_(images.movedim(2, -1).movedim(0, 2))
 
     def sums(self, strip: Strip) -> Tensor:
         """``[g, samples, channels]``: each sample's sum over a strip."""
-        chosen = self._part(strip, 0)
-        return chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1]).sum(2, dtype=torch.float64)
+        lines = self._part(strip, 0).flatten(3, -2).sum(3, dtype=torch.float64)
+        return lines.sum(1)
 
-    def correlation(self, strip: Strip, offset: tuple[int, ...]) -> Tensor:
-        """``[g, channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
-        if self._roomy:
-            shift = sum(one * step for one, step in zip(offset, self._steps, strict=True))
-            here, there = self._part(strip, 0), self._part(strip, shift)
-        else:
-            meeting = [
-                (e, e + by) if isinstance(e, int) else _overlap(size, by)
-                for e, by, size in zip(strip, offset, self._sizes, strict=True)
-            ]
-            here, there = (self._part(tuple(side), 0) for side in zip(*meeting, strict=True))
-        return here.flatten(1, -2).mT @ there.flatten(1, -2)
+    def correlation(self, batch: _Batch) -> Tensor:
+        """``[offsets, g, channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
+        steps = (self._steps[0], *self._steps[2:])
+        shift = sum(by * step for by, step in zip(batch.offset, steps, strict=True))
+        lines = self._shape[0] - batch.offset[0]
+        here = self._part(batch.strip, 0, lines, inner=self._copies).flatten(1, -2)
+        there = self._part(batch.strip, shift, lines, batch.count, batch.step, inner=self._copies)
+        if not self._copies:
+            return torch.bmm(here.mT.expand(batch.count, -1, -1), there.flatten(2, -2)[0]).unsqueeze(1)
+        wide = there.movedim(1, -2).flatten(-2).flatten(1, -2)  # [g, u, offsets channels]
+        return torch.bmm(here.mT, wide).unflatten(2, (batch.count, -1)).movedim(2, 0)
 
-    def _part(self, strip: Strip, shift: int) -> Tensor:
-        """``[g, samples, ..., channels]``: a strip of all images, shifted along the line."""
-        whole = self._line[:, shift : shift + self._pixels].unflatten(1, self._shape)
-        here = (ALL, ALL, *strip)
-        return whole[here]
+    def _part(
+        self, strip: Strip, shift: int, lines: int = 0, offsets: int = 0, step: int = 1, *, inner: bool = False
+    ) -> Tensor:
+        """``[g, first axis, samples, other axes, channels]``: a strip of all images, shifted along the line.
+
+        Args:
+            strip: which positions; an axis with one position has size one.
+            shift: in pixels.
+            lines: of the first axis; 0 for all.
+            offsets: with so many shifts, ``step`` apart, along a dimension of their own behind the groups.
+            step: see ``offsets``.
+            inner: without the zeros behind the other axes.
+        """
+        first, *others = strip
+        start, sizes = self._margin + shift, [lines or self._shape[0], self._shape[1]]
+        if isinstance(first, int):
+            start, sizes[0] = start + first * self._steps[0], 1
+        for axis, place in enumerate(others, 1):
+            if isinstance(place, int):
+                start += place * self._steps[axis + 1]
+                sizes.append(1)
+            else:
+                sizes.append(self._sizes[axis] if inner else self._shape[axis + 1])
+        of_group, _, _ = self._line.stride()
+        shape = (len(self._line), *((offsets,) if offsets else ()), *sizes, self._channels)
+        strides = [one * self._channels for one in ((step,) if offsets else ()) + tuple(self._steps)]
+        return self._line.as_strided(shape, (of_group, *strides, 1), start * self._channels)
 
 
-def _overlap(size: int, by: int) -> tuple[slice, slice]:
-    """The positions whose shift by ``by`` is among ``size``, and where they go."""
-    count, here, there = max(0, size - abs(by)), max(0, -by), max(0, by)
-    return slice(here, here + count), slice(there, there + count)
+def _patches(view: ConvView, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """All rows of some images ``[g, n, d]``, as overlapping views copied at once."""
+    conv, padded = view.module, _padded(view, images)
+    if conv.padding_mode == "zeros":
+        sides = [view.padding(axis) for axis in reversed(range(len(conv.kernel_size)))]
+        if any(map(any, sides)):
+            padded = torch.nn.functional.pad(padded, [side for pair in sides for side in pair])
+    padded = padded.unflatten(1, (view.groups, view.channels))
+    of_sample, of_group, of_channel, *along = padded.stride()
+    places = view.places(images)
+    shape = (view.groups, view.channels, *conv.kernel_size, len(images), *places)
+    taps = [one * dilation for one, dilation in zip(along, conv.dilation, strict=True)]
+    steps = [one * stride for one, stride in zip(along, conv.stride, strict=True)]
+    windows = padded.as_strided(shape, (of_group, of_channel, *taps, of_sample, *steps), padded.storage_offset())
+    rows = padded.new_empty(shape, dtype=dtype).copy_(windows)
+    return rows.view(view.groups, view.dim, -1).mT
 
 
 def _padded(view: ConvView, images: Tensor) -> Tensor:
@@ -271,4 +390,6 @@ def _windows(view: ConvView, x: Tensor) -> _Windows:
         else:
             sizes.append(before + size + after)
             starts.append(tuple(reach))
+    if len(sizes) == 1:  # as images of a single line
+        return _Windows((1, *sizes), (1, *view.places(x)), ((0,), *starts))
     return _Windows(tuple(sizes), view.places(x), tuple(starts))

@@ -16,7 +16,7 @@ from sylinit.layers.view import LayerView
 from sylinit.runtime.processes import Processes
 from sylinit.statistics.alignment import Layout, align, kept_rows, targets_of_rows
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
-from sylinit.statistics.patch_moments import patch_moments, pays, share_for_all
+from sylinit.statistics.patch_moments import equal_cost_share, patch_moments, serves
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Known:
     Attributes:
         vectors: targets by batch, ``[samples, *positions, c]``, NaN where there is none; empty without targets.
         mean: ``[c]``, the mean over all labeled samples of all processes: what a row without a label gets.
+        share: ``[c]``, in which share of the labeled places each entry is known.
         masks: by batch, bool ``[samples, length]``, true where there is data; None where all of it is.
         sizes: number of samples by batch.
         labeled_only: whether rows without any label are left out.
@@ -33,6 +34,7 @@ class Known:
 
     vectors: tuple[Tensor, ...] = ()
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    share: Tensor = field(default_factory=lambda: torch.ones(()))
     masks: tuple[Tensor | None, ...] = ()
     sizes: tuple[int, ...] = ()
     labeled_only: bool = False
@@ -43,8 +45,14 @@ class Known:
         return len(self.mean) if self.vectors else 0
 
     def filled(self, targets: Tensor) -> Tensor:
-        """Targets with the mean in the place of those that are missing."""
-        return torch.where(targets.isnan(), self.mean.to(targets), targets)
+        """Targets with the mean in the place of those that are missing.
+
+        What is known then counts for what is not: its deviations are divided by its share, so that the covariance with
+        the rows is that of complete targets.
+        """
+        mean, missing = self.mean.to(targets), targets.isnan()
+        complete = mean + (targets - mean) / self.share.to(targets).clamp(min=1e-9)
+        return torch.where(missing, mean, complete if self.labeled_only else targets)
 
     def kept(self, batch: int, lead: tuple[int, ...], layout: Layout | None) -> Tensor | None:
         """The rows of a batch that hold data, and a label if that is asked for; None for all."""
@@ -149,7 +157,7 @@ class Rows:
             return sums
 
         cov = self.processes.together(local).reduce(self.processes.sum_).covariance()
-        if not bool(cov.xx.diagonal(dim1=1, dim2=2).isfinite().all()):  # what is not finite shows in its own square
+        if not math.isfinite(float(cov.variance.sum())):  # what is not finite shows in its own square
             raise SylinitError(not_finite(self.name))
         return cov
 
@@ -206,13 +214,13 @@ def collect(
     layouts = {batch: align(leads[batch], known.sizes[batch], layout) for batch in waiting}
     kept = {batch: known.kept(batch, leads[batch], layouts[batch]) for batch in waiting}
     lengths = {b: math.prod(leads[b]) if (rows := kept[b]) is None else len(rows) for b in waiting}
-    short = all(kept[batch] is None and pays(view, x) for batch, x in waiting.items())
+    short = all(kept[batch] is None and serves(view, x) for batch, x in waiting.items())
     met = processes.agree(lambda: (sum(lengths.values()), short))
     counts = [count for count, _ in met]
     total = sum(counts)
     if total < least:
         return None
-    share = share_for_all(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
+    share = equal_cost_share(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
     index = sample_index(total, budget(total, share), generator)
     start = sum(counts[: processes.rank])
     parts = []

@@ -17,7 +17,7 @@ from sylinit.layers.registry import hypotheses
 from sylinit.layers.view import LayerView
 from sylinit.statistics import patch_moments as correlation
 from sylinit.statistics.moments import Moments
-from sylinit.statistics.patch_moments import correlate, patch_moments, pays, stream
+from sylinit.statistics.patch_moments import correlate, patch_moments, serves, stream
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZES = (6, 5, 4)
@@ -86,14 +86,13 @@ MODULES = {
 
 @pytest.mark.parametrize("targets", [True, False])
 @pytest.mark.parametrize("kind", MODULES)
-def test_moments_of_any_view_in_any_cut(kind: str, targets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_of_any_view_in_any_cut(kind: str, targets: bool) -> None:
     module, shape = MODULES[kind]
     view, x = the_view(module), torch.randn(shape)
     samples = view.positions(x)[0]
     t = torch.randn(samples, 3 if targets else 0)
     for chunk in (1, 700, 1 << 20):
-        monkeypatch.setattr(correlation, "CHUNK", chunk)
-        same(patch_moments(view, [(x, t)]), dense(view, x, t))
+        same(patch_moments(view, [(x, t)], chunk=chunk), dense(view, x, t))
 
 
 def test_halves_add_up() -> None:
@@ -106,7 +105,7 @@ def test_batches_of_any_sizes_add_up() -> None:
     """Large images are correlated, tiny ones are not; their sums are those of all patches."""
     view = the_view(nn.Conv2d(4, 4, 3, padding=1))
     inputs = [(torch.randn(3, 4, *size), torch.randn(3, 2)) for size in ((8, 8), (1, 2), (9, 6))]
-    assert [pays(view, x) for x, _ in inputs] == [True, False, True]
+    assert [serves(view, x) for x, _ in inputs] == [True, False, True]
     together, apart = patch_moments(view, inputs).covariance(), [dense(view, x, t) for x, t in inputs]
     one_by_one = apart[0].merge(apart[1]).merge(apart[2]).covariance()
     for field in ("mean_x", "mean_t", "xx", "xt", "tt"):
@@ -125,7 +124,7 @@ def test_single_precision_is_as_good_as_its_rounding() -> None:
 def test_half_precision_is_summed_in_double_precision() -> None:
     view, t = the_view(nn.Conv2d(4, 4, 3, padding=1).half()), torch.randn(40, 2)
     x = (300 * torch.rand(40, 4, 8, 8)).half()
-    assert pays(view, x)
+    assert serves(view, x)
     same(patch_moments(view, [(x, t)]), dense(view, x, t))
 
 
@@ -144,35 +143,34 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def correlated(view: Any, x: Tensor, t: Tensor) -> None:
-    correlate(view, [(x, t)])
+def correlated(view: Any, x: Tensor, t: Tensor, chunk: int) -> None:
+    correlate(view, [(x, t)], chunk=chunk)
 
 
-def streamed(view: Any, x: Tensor, t: Tensor) -> None:
-    stream(Moments.zeros(view.groups, view.dim, t.shape[1]), view, x, t)
+def streamed(view: Any, x: Tensor, t: Tensor, chunk: int) -> None:
+    stream(Moments.zeros(view.groups, view.dim, t.shape[1]), view, x, t, chunk)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("way", [correlated, streamed])
-def test_memory_does_not_grow_with_the_samples(way: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correlation, "CHUNK", 4000)
+def test_memory_does_not_grow_with_the_samples(way: Any, mode: str) -> None:
     view = the_view(nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode))
     largest = []
     for samples in (20, 200):
         x, t = torch.randn(samples, 4, 8, 8), torch.randn(samples, 2).double()
         with Largest(x) as seen:
-            way(view, x, t)
+            way(view, x, t, 4000)
         largest.append(seen.numbers)
     assert largest[0] == largest[1] < x.numel() / 4
 
 
 def test_the_short_way_is_taken_only_where_it_serves() -> None:
     x = torch.randn(2, 4, 9, 9)
-    assert pays(the_view(nn.Conv2d(4, 4, 3, padding=1)), x)
-    assert not pays(the_view(nn.Conv2d(4, 4, 3, stride=(1, 2), padding=1)), x)
-    assert not pays(the_view(nn.ConvTranspose2d(4, 4, 3)), x)
-    assert not pays(the_view(nn.Conv2d(4, 4, 6, padding=3)), x)
-    assert not pays(the_view(nn.Conv2d(4, 4, 3, padding=1)), x[:, :, :2, :2])
+    assert serves(the_view(nn.Conv2d(4, 4, 3, padding=1)), x)
+    assert not serves(the_view(nn.Conv2d(4, 4, 3, stride=(1, 2), padding=1)), x)
+    assert not serves(the_view(nn.ConvTranspose2d(4, 4, 3)), x)
+    assert not serves(the_view(nn.Conv2d(4, 4, 6, padding=3)), x)
+    assert not serves(the_view(nn.Conv2d(4, 4, 3, padding=1)), x[:, :, :2, :2])
 
 
 def test_a_three_by_three_kernel_has_thirteen_products() -> None:

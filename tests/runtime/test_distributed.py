@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
+from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import ProcessFailedError
 
@@ -67,21 +68,21 @@ def absolute(x: Tensor) -> Tensor:
     return x.abs()[:, :6]
 
 
-def partly_labelled() -> tuple[Tensor, Tensor]:
+def partly_labeled() -> tuple[Tensor, Tensor]:
     """The last half, which is all that some processes have, is without labels."""
     x, y = images()
     return x, torch.where(torch.arange(len(y)) < 28, y, -100)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], dict[str, Any]]] = {
-    "everything": (resnet, images(), {"rows": "all"}),
-    "sampled": (resnet, images(), {"rows": 100}),
-    "a code of rows": (mlp, vectors(), {"code": absolute, "rows": "all"}),
-    "k-means": (mlp, vectors(), {"code": "kmeans", "rows": "all"}),
-    "few rows": (wide, vectors(40, 90), {"rows": "all"}),
-    "a given code": (mlp, vectors(), {"code": torch.arange(300.0).sin().view(60, 5), "rows": "all"}),
-    "some without labels": (resnet, partly_labelled(), {"rows": "all"}),
-    "without labels": (resnet, images(), {"rows": "all", "layers": ["0", "3.conv1"]}),
+    "everything": (resnet, images(), {"config": Config(rows="all")}),
+    "sampled": (resnet, images(), {"config": Config(rows=100)}),
+    "a code of rows": (mlp, vectors(), {"code": absolute, "config": Config(rows="all")}),
+    "k-means": (mlp, vectors(), {"code": "kmeans", "config": Config(rows="all")}),
+    "few rows": (wide, vectors(40, 90), {"config": Config(rows="all")}),
+    "a given code": (mlp, vectors(), {"code": torch.arange(300.0).sin().view(60, 5), "config": Config(rows="all")}),
+    "some without labels": (resnet, partly_labeled(), {"config": Config(rows="all")}),
+    "without labels": (resnet, images(), {"config": Config(rows="all"), "layers": ["0", "3.conv1"]}),
 }
 
 

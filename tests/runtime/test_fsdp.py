@@ -27,6 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import sylinit
 from conftest import Residual, images, small_resnet
+from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import ProcessFailedError
 
@@ -114,7 +115,7 @@ def compute(model: nn.Module, kind: str, rank: int, size: int, group: Any, **arg
     batches = list(zip(x.tensor_split(rank + 1), y.tensor_split(rank + 1), strict=True))
     if kind == "tied, other forward":
         arguments["forward"] = lambda model, batch: model.other(batch[0])
-    report = sylinit.initialize_(model, batches, group=group, rows="all", layers=trainable, **arguments)
+    report = sylinit.initialize_(model, batches, group=group, config=Config(rows="all"), layers=trainable, **arguments)
     return [f"{layer.name} {layer.kind} {layer.action} {layer.rows}" for layer in report.layers]
 
 

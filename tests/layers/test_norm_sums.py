@@ -1,4 +1,4 @@
-"""Sums for normalisation layers: as exact as float64, also far from zero, and whatever the cut into batches."""
+"""Sums for normalization layers: as exact as float64, also far from zero, and whatever the cut into batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sylinit.scaling import norm_sums, write_statistics
+from sylinit.layers.normalization import norm_sums, write_statistics
 
 
 @pytest.mark.parametrize(("offset", "rtol"), [(0.0, 3e-6), (3.0, 3e-6), (30.0, 3e-6), (3000.0, 1e-4)])

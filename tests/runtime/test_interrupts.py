@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sylinit.runtime.interrupts import held_interrupts, told_interrupts
+from sylinit.runtime.interrupts import held_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -89,20 +89,3 @@ def test_outside_the_main_thread_nothing_changes():
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
-
-
-def test_told_instead_of_raised_however_often():
-    told: list[BaseException] = []
-    with told_interrupts(told.append):
-        press()
-        press()
-    assert [type(error) for error in told] == [KeyboardInterrupt, KeyboardInterrupt]
-
-
-def test_what_a_handler_of_the_users_own_does_not_raise_is_not_told():
-    calls, told = [], []
-    signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
-    with told_interrupts(told.append):
-        press()
-    assert (calls, told) == ([signal.SIGINT], [])
-    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -118,7 +118,7 @@ def test_exact_on_request_and_by_default_where_the_residual_is_too_large():
     models = [network() for _ in range(3)]
     models[1:] = [copy.deepcopy(models[0]) for _ in models[1:]]
     projected = sylinit.initialize_(models[0], [wide()])
-    exact = sylinit.initialize_(models[1], [wide()], solver="exact")
+    exact = sylinit.initialize_(models[1], [wide()], config=Config(solver="exact"))
     fallen = sylinit.initialize_(models[2], [wide()], config=Config(residual_tolerance=1e-9))
     assert [report["0"].solver for report in (projected, exact, fallen)] == ["projected", "exact", "exact"]
     assert exact["0"].residual < 1e-10
@@ -144,7 +144,7 @@ def test_a_projected_layer_is_the_same_in_every_run():
 def test_few_rows_go_by_their_own_space_whatever_the_solver():
     models = [network(), network()]
     reports = [
-        sylinit.initialize_(model, [wide(550)], solver=solver)
+        sylinit.initialize_(model, [wide(550)], config=Config(solver=solver))
         for model, solver in zip(models, ("auto", "exact"), strict=True)
     ]
     assert [report["0"].solver for report in reports] == ["row-space"] * 2
@@ -156,7 +156,7 @@ def test_the_network_is_as_good_by_either_solver():
     accuracy = []
     for solver in ("auto", "exact"):
         model = network()
-        sylinit.initialize_(model, [(x[:1500], y[:1500])], solver=solver)
+        sylinit.initialize_(model, [(x[:1500], y[:1500])], config=Config(solver=solver))
         with torch.no_grad():
             accuracy.append(float((model(x[1500:]).argmax(1) == y[1500:]).double().mean()))
     assert accuracy[0] == pytest.approx(accuracy[1], abs=0.02)
@@ -166,7 +166,7 @@ def test_the_network_is_as_good_by_either_solver():
 @pytest.mark.parametrize("solver", ["projected", "", 1])
 def test_an_unknown_solver_is_refused(solver: Any):
     with pytest.raises(SylinitError, match="solver must be 'auto' or 'exact', got"):
-        sylinit.initialize_(network(), [wide()], solver=solver)
+        sylinit.initialize_(network(), [wide()], config=Config(solver=solver))
 
 
 class Columns:

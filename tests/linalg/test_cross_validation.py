@@ -36,7 +36,7 @@ def head_weight(x: Tensor, y: Tensor) -> float:
 
 
 def scaled_code(x: Tensor, y: Tensor) -> Tensor:
-    """Centred one-hot labels at the root mean square of the centred rows."""
+    """Centred one-hot labels at the root mean square of the centered rows."""
     s = nn.functional.one_hot(y).double()
     s = s - s.mean(0)
     return s * (x - x.mean(0)).square().mean().sqrt() / s.square().mean().sqrt()
@@ -47,8 +47,8 @@ def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
     x, y = data(noise)
     s = scaled_code(x, y)
     a, u = torch.linalg.eigh(s.T @ s / COUNT)
-    centred = x - x.mean(0)
-    covariance = centred.T @ centred / COUNT
+    centered = x - x.mean(0)
+    covariance = centered.T @ centered / COUNT
     errors = []
     for weight in WEIGHTS.tolist():
         error = 0.0
@@ -56,7 +56,7 @@ def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
             if size < 1e-12:
                 continue
             inverse = torch.linalg.inv(size * torch.eye(DIM, dtype=torch.float64) + weight * covariance)
-            hat = weight * centred @ inverse @ centred.T / COUNT + 1 / COUNT
+            hat = weight * centered @ inverse @ centered.T / COUNT + 1 / COUNT
             rest = code - hat @ code
             error += float(rest.square().mean()) / (1 - float(hat.trace()) / COUNT) ** 2
         errors.append(error)
@@ -88,6 +88,15 @@ def test_the_fewer_and_noisier_the_rows_the_more_a_head_shrinks():
     assert few < many
 
 
+def test_the_number_of_weights_that_are_compared_at_once_does_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    a, variances = torch.rand(2, 4, generator=generator).double(), torch.rand(2, 6, generator=generator).double()
+    variances[:, -1] = 0
+    cross = torch.randn(2, 4, 6, generator=generator).double() * variances.unsqueeze(1) / 3
+    chosen = {least_error_weight(a, variances, cross, torch.tensor(30.0), chunk) for chunk in (1, 100, 1 << 22)}
+    assert len(chosen) == 1
+
+
 def test_constant_rows_choose_something():
     zero = torch.zeros(1, 3, dtype=torch.float64)
     assert least_error_weight(zero, zero, torch.zeros(1, 3, 3).double(), torch.tensor(5.0)) in WEIGHTS.tolist()
@@ -104,5 +113,6 @@ def test_only_the_head_chooses_and_only_where_nothing_is_asked_for():
     inner, head = weights()
     assert inner == 4.0
     assert head in WEIGHTS.tolist()
-    assert weights(encoding_weight=2.0) == [2.0, 2.0]
+    assert weights(config=Config(encoding_weight=2.0, head_encoding_weight=2.0)) == [2.0, 2.0]
+    assert weights(config=Config(head_encoding_weight=3.0)) == [4.0, 3.0]
     assert weights(head=None) == [4.0, 4.0]

@@ -15,7 +15,7 @@ import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit.codes import CODES
 from sylinit.codes.fitted import fill
-from sylinit.codes.linear import linear_code, target_units
+from sylinit.codes.linear import linear_code, target_space, target_units
 from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.linalg.orthogonal import orthogonal_rows
@@ -108,7 +108,7 @@ def test_linear_layers(name, classes, dim, units, count):
 @pytest.mark.parametrize(("units", "groups"), [(12, 1), (24, 1), (8, 2), (12, 2)])
 def test_convolutions(name, units, groups):
     model = conv(2, units, groups)
-    report = sylinit.initialize_(model, [images()], code=name, rows=500)
+    report = sylinit.initialize_(model, [images()], code=name, config=Config(rows=500))
     assert report["0"].dead_units == 0
     assert_healthy(model[0].weight, groups)
 
@@ -119,7 +119,7 @@ def test_a_convolution_over_data_of_low_rank(name):
     x, y = images()
     x = x[:, :, :1].expand(-1, -1, 8, -1).contiguous()
     model = conv(2, 16)
-    sylinit.initialize_(model, [(x, y)], code=name, rows=500)
+    sylinit.initialize_(model, [(x, y)], code=name, config=Config(rows=500))
     assert_healthy(model[0].weight)
 
 
@@ -143,7 +143,7 @@ def test_pca_gives_the_principal_axes_for_every_encoding_weight(encoding_weight,
     x, y = vectors(count, dim)
     x = x.double()
     model = linear(dim, 8).double()
-    sylinit.initialize_(model, [(x, y)], code="pca", encoding_weight=encoding_weight)
+    sylinit.initialize_(model, [(x, y)], code="pca", config=Config(encoding_weight=encoding_weight))
     axes = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:8]
     unit = nn.functional.normalize(model[0].weight.detach(), dim=1)
     torch.testing.assert_close((unit * axes).sum(1).abs(), torch.ones(8).double(), rtol=0, atol=1e-9)
@@ -299,7 +299,7 @@ def test_a_callable_gets_the_arguments_that_it_names():
     ]
 
 
-def test_the_rows_of_a_code_are_centred_and_in_order():
+def test_the_rows_of_a_code_are_centered_and_in_order():
     x, y = vectors()
     rows = []
     sylinit.initialize_(linear(12, 8), [(x[:20], y[:20]), (x[20:], y[20:])], code=lambda x: rows.append(x) or x[:, :8])
@@ -353,8 +353,8 @@ def test_a_given_tensor_of_any_width(columns):
 def test_a_given_tensor_goes_to_every_patch_of_its_sample():
     x, y = images()
     model, other = conv(2, 6), conv(2, 6)
-    sylinit.initialize_(model, [(x, y)], code={"0": nn.functional.one_hot(y, 3).double()}, rows="all")
-    sylinit.initialize_(other, [(x, y)], code={"0": lambda x, target: target}, rows="all")
+    sylinit.initialize_(model, [(x, y)], code={"0": nn.functional.one_hot(y, 3).double()}, config=Config(rows="all"))
+    sylinit.initialize_(other, [(x, y)], code={"0": lambda x, target: target}, config=Config(rows="all"))
     assert bool(model[0].weight.isfinite().all())
     assert model[0].weight.shape == other[0].weight.shape
 
@@ -396,8 +396,8 @@ def test_label_directions_of_balanced_classes_do_not_depend_on_rounding():
     noise = 1e-15 * torch.randn(classes, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = []
     for covariance in (tt, tt + noise + noise.T):
-        axes = Axes(torch.eye(3)[None], torch.ones(1, 3).double(), torch.zeros(1, 3, classes).double(), covariance)
-        found.append(target_units(axes, 10, torch.Generator().manual_seed(0), Config().null_variance))
+        space = target_space(covariance, Config().null_variance)
+        found.append(target_units(space, 10, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
     code = found[0][: classes - 1] @ tt @ found[0][: classes - 1].T
     torch.testing.assert_close(code, torch.eye(classes - 1, dtype=torch.float64), rtol=0, atol=1e-9)

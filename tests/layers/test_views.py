@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from sylinit.errors import UnsupportedLayerError
-from sylinit.layers.registry import hypotheses
+from sylinit.layers.registry import hypotheses, is_stock
 from sylinit.layers.view import LayerView
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -26,6 +26,13 @@ SIZES = (7, 6, 5)
 def the_view(module: nn.Module) -> LayerView:
     (view,) = hypotheses(module, "layer")[0]
     return view
+
+
+@torch.no_grad()
+def agreeing(module: nn.Module, *args: Any, **kwargs: Any) -> list[LayerView]:
+    """The views that a module's own output agrees with."""
+    y = module(*args, **kwargs)
+    return [view for views in hypotheses(module, "layer") for view in views if view.agrees(args, kwargs, y)]
 
 
 def outputs(view: LayerView, x: Any, index: Tensor | None = None) -> Tensor:
@@ -46,8 +53,8 @@ def expected(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def check(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """The exact fact: before and after writing, for all rows and for any choice of rows."""
-    view = the_view(module)
+    """The exact fact, before and after writing, for all rows and for any choice; and the view sees it itself."""
+    (view,) = agreeing(module, *args, **kwargs)
     x = view.input(args, kwargs)
     samples, positions = view.positions(x)
     for _ in range(2):
@@ -60,6 +67,12 @@ def check(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         bias = torch.randn(view.groups, view.units, dtype=torch.float64) if view.has_bias else None
         view.write(weight, bias)
         torch.testing.assert_close(view.weight().double(), weight)
+    with torch.no_grad():
+        y = module(*args, **kwargs)
+        assert view.agrees(args, kwargs, y)
+        assert not view.agrees(args, kwargs, 1.01 * y)
+        assert not view.agrees(args, kwargs, y[..., :-1])
+        assert not view.agrees(args, kwargs, (y, y))
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +128,7 @@ class Conv1D(nn.Module):
 def test_conv1d_of_transformers() -> None:
     check(Conv1D(3, 5), torch.randn(4, 2, 5))
     check(Conv1D(3, 5), x=torch.randn(4, 5))
+    check(Conv1D(5, 5), torch.randn(4, 5))  # square: the shape does not tell how the weight lies
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -350,14 +364,14 @@ def test_an_exception_inside_attention_leaves_out_proj_as_it_was() -> None:
     assert all(module.out_proj._parameters[name] is p for name, p in kept.items())
 
 
-# Parametrisations
+# Parametrizations
 
 
 def unchanged(module: nn.Module, action: Any) -> None:
     """``action`` raises `UnsupportedLayerError` and every parameter and buffer stays, bit for bit and in its place."""
     tensors = [*module.parameters(), *module.buffers()]
     before = [(t.data_ptr(), t.detach().clone()) for t in tensors]
-    with pytest.raises(UnsupportedLayerError, match="parametrisation"):
+    with pytest.raises(UnsupportedLayerError, match="parametrization"):
         action()
     for tensor, now, (place, numbers) in zip(tensors, [*module.parameters(), *module.buffers()], before, strict=True):
         assert tensor is now
@@ -380,7 +394,7 @@ def test_weight_norm_takes_a_unit_that_is_zero() -> None:
     torch.testing.assert_close(module(torch.eye(5)), weight[0].T, rtol=1e-12, atol=1e-12)
 
 
-def test_reading_a_parametrised_weight_changes_nothing() -> None:
+def test_reading_a_parametrized_weight_changes_nothing() -> None:
     module = parametrizations.spectral_norm(nn.Linear(5, 3)).train()
     before = copy.deepcopy(module.state_dict())
     view = the_view(module)
@@ -390,7 +404,7 @@ def test_reading_a_parametrised_weight_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_parametrisation_that_cannot_hold_the_weight_is_left_as_it_was(training: bool) -> None:
+def test_a_parametrization_that_cannot_hold_the_weight_is_left_as_it_was(training: bool) -> None:
     for wrap in (parametrizations.spectral_norm, parametrizations.orthogonal):
         module = wrap(nn.Linear(5, 5)).train(training)
         view = the_view(module)
@@ -398,13 +412,13 @@ def test_a_parametrisation_that_cannot_hold_the_weight_is_left_as_it_was(trainin
 
 
 class Doubled(nn.Module):
-    """A parametrisation without a right inverse."""
+    """A parametrization without a right inverse."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
 
 
-def test_a_parametrisation_without_right_inverse_is_left_as_it_was() -> None:
+def test_a_parametrization_without_right_inverse_is_left_as_it_was() -> None:
     module = nn.Linear(5, 3)
     parametrize.register_parametrization(module, "weight", Doubled())
     unchanged(module, lambda: the_view(module).write(torch.ones(1, 3, 5), torch.ones(1, 3)))
@@ -426,11 +440,19 @@ class Scaled(nn.Linear):
         return 3 * super().forward(x)
 
 
-class Standardised(nn.Conv2d):
-    """A convolution with weight standardisation."""
+class Standardized(nn.Conv2d):
+    """A convolution with weight standardization."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Patched(nn.Linear):
+    """A linear layer whose forward was replaced on the instance."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+        self.forward = lambda x: nn.functional.linear(x, self.weight, self.bias).tanh()
 
 
 class Tokens(nn.Module):
@@ -459,12 +481,10 @@ def integers() -> nn.Module:
         (lambda: nn.Linear(5, 3, dtype=torch.complex64), "complex64"),
         (integers, "int8"),
         (Tokens, "position"),
-        (lambda: Scaled(5, 3), "Scaled has a forward of its own"),
-        (lambda: Standardised(5, 3, 3), "Standardised has a forward of its own"),
         (lambda: prune.l1_unstructured(nn.Linear(5, 3), "weight", 0.5), "no parameter"),
         (lambda: prune.l1_unstructured(nn.Linear(5, 3), "bias", 0.4), "its bias is no parameter"),
         (lambda: nn.utils.spectral_norm(nn.Linear(5, 3)), "no parameter"),
-        (lambda: parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrisation"),
+        (lambda: parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrization"),
     ],
 )
 def test_left_alone_with_a_reason(make: Any, reason: str) -> None:
@@ -482,6 +502,25 @@ def test_a_lazy_layer_is_served_once_it_has_met_a_batch() -> None:
     for module, x in ((nn.LazyLinear(3), torch.randn(4, 5)), (nn.LazyConv2d(4, 3), torch.randn(2, 3, 5, 5))):
         module(x)
         check(module, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(Scaled(5, 3), (4, 5)), (Standardized(5, 3, 3), (4, 5, 6, 6)), (Patched(), (4, 5))]
+)
+def test_a_layer_that_computes_something_else_agrees_with_no_view(module: nn.Module, shape: tuple[int, ...]) -> None:
+    module.double()
+    assert hypotheses(module, "layer")
+    assert not is_stock(module)
+    assert not agreeing(module, torch.randn(shape))
+
+
+def test_what_is_stock_is_so_by_its_forward_alone() -> None:
+    same, other = nn.Linear(5, 3), nn.Linear(5, 3)
+    other.forward = lambda x: nn.functional.linear(x, other.weight, other.bias)  # type: ignore[method-assign]
+    assert is_stock(same)
+    assert is_stock(Named())
+    assert not is_stock(other)
+    check(other, torch.randn(4, 5))
 
 
 class Named(nn.Conv2d):
