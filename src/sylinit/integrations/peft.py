@@ -442,7 +442,7 @@ class _Told:
         """Of each token the leading principal components of the next one's embedding."""
         table = (model.get_output_embeddings() or model.get_input_embeddings()).weight.detach()
         task = Task("next-token", "a causal language model", len(table), positions=1)
-        goal = make_goal(task, raw, data.ignore_index, data.processes)
+        goal = make_goal(task, raw, data.masks, data.ignore_index, data.processes)
         count = torch.zeros(len(table), dtype=torch.float64, device=goal.present.device)
         for target in goal.targets:
             count += torch.bincount(target[target >= 0], minlength=len(table))
