@@ -11,6 +11,7 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
+from sylinit import integrations
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
 from sylinit.errors import MissingPackageError, SylinitError, SylinitWarning, UnsupportedLayerError
@@ -44,6 +45,7 @@ __all__ = [
     "UnsupportedLayerError",
     "initialize_",
     "initialize_head_",
+    "integrations",
     "load",
     "mixed",
     "register_code",
