@@ -33,9 +33,9 @@ from sylinit.comparison.figures import OTHERS, OURS, save
 from sylinit.comparison.store import environment
 from sylinit.comparison.training import accuracy
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.layers.registry import hypotheses
 from sylinit.solvers.exact import fit_exact
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
 from sylinit.solvers.projected import fit_projected
 from sylinit.statistics.moments import Covariance, Moments

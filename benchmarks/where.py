@@ -28,7 +28,7 @@ from sylinit.config import Config
 from sylinit.initialize import default_rows
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import hypotheses
-from sylinit.plan import make_plan
+from sylinit.plan.plan import make_plan
 from sylinit.solvers import exact, projected
 from sylinit.solvers.projected import subspace_rank
 from sylinit.statistics.patch_moments import equal_cost_share

@@ -672,7 +672,7 @@ def test_fewer_rows_than_dimensions_equal_the_exact_solver(monkeypatch):
     x = x.double()
     models = [nn.Sequential(nn.Linear(50, 12), nn.ReLU(), nn.Linear(12, 3)).double() for _ in range(2)]
     reports = [sylinit.initialize_(models[0], [(x, y)])]
-    monkeypatch.setattr("sylinit.solve.SOLVERS", [Exact()])
+    monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [Exact()])
     reports.append(sylinit.initialize_(models[1], [(x, y)]))
     assert [report["0"].solver for report in reports] == ["row-space", "exact"]
     with torch.no_grad():

@@ -14,6 +14,7 @@ Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylves
 from sylinit import integrations
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
+from sylinit.data.score import Before, Score
 from sylinit.errors import MissingPackageError, SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.initialize import initialize_, initialize_head_
 from sylinit.layers.registry import register_layer
@@ -22,7 +23,6 @@ from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
 from sylinit.saving import Saved, load, save
-from sylinit.score import Before, Score
 
 __version__ = "0.2.0.dev0"
 

@@ -31,7 +31,7 @@ class Config:
         logit_deviation: root mean square of a classifier's centered logits.
         prior: whether the bias of a head with logits carries the frequencies of the classes.
         scale_ratio: a layer that reads the data itself is solved in standardized inputs if their deviations differ by
-            more than this; see `sylinit.standardize`.
+            more than this; see `sylinit.solvers.standardize`.
         offset_ratio: the same if a mean is more than so many deviations from zero.
         filter_length: Euclidean length of filters that feed a normalization where training samples are few; He's start
             gives them sqrt(2). The normalization undoes their scale, but the longer a filter, the smaller its step in

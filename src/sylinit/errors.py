@@ -7,6 +7,9 @@ import sys
 import warnings
 from types import ModuleType
 
+ROOT = "(the model itself)"
+"""The name of a module that is the whole model, in messages and reports."""
+
 
 class SylinitError(ValueError):
     """Bad input to a sylinit function.

@@ -21,22 +21,22 @@ from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
 from sylinit.data.calibration import calibration_set
 from sylinit.data.tasks import TASKS
-from sylinit.errors import SylinitError
-from sylinit.inventory import Inventory, take_inventory
-from sylinit.judge import judge
+from sylinit.errors import ROOT, SylinitError
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
 from sylinit.layers.registry import is_stock
-from sylinit.plan import Plan, Wish, make_plan
-from sylinit.report import ROOT, LayerReport, Report
+from sylinit.plan.gain import judge
+from sylinit.plan.inventory import Inventory, take_inventory
+from sylinit.plan.plan import Plan, Wish, make_plan
+from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site, check_entry
+from sylinit.plan.trace import SAMPLES, Trace, output_tensors, trace
+from sylinit.report import LayerReport, Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.offload import Offload
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
 from sylinit.runtime.workers import Interleaved, OnePass
-from sylinit.sites import Context, MatrixSite, NormalizationSite, Site, check_entry
-from sylinit.trace import SAMPLES, Trace, output_tensors, trace
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sylinit.config import Config
-from sylinit.score import Before, Score
+from sylinit.data.score import Before, Score
 
 Action = Literal["initialized", "recalibrated", "left alone"]
-
-ROOT = "(the model itself)"
-"""The name of a module that is the whole model."""
 
 
 @dataclass(frozen=True)

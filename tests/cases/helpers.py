@@ -84,7 +84,7 @@ def flags() -> dict[str, Any]:
         "matmul precision": torch.get_float32_matmul_precision(),
         "cudnn benchmark": torch.backends.cudnn.benchmark,
         "torch threads": torch.get_num_threads(),
-        "threads": sorted(str(thread.ident) for thread in threading.enumerate()),
+        "worker threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("sylinit")),
         "torch random state": bits(torch.get_rng_state()),
         "python random state": random.getstate(),
         "numpy random state": tuple(map(repr, np.random.get_state())),  # noqa: NPY002
@@ -118,6 +118,16 @@ def everything(model: nn.Module, *, results: bool = True) -> dict[str, Any]:
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The keys whose values differ."""
     return [key for key in before | after if before.get(key) != after.get(key)]
+
+
+class Record:
+    """What a model notes of its calls, where nothing that belongs to the model is put back."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+
+    def append(self, entry: Any) -> None:
+        self.entries.append(entry)
 
 
 @dataclass

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import (
     Bag,
+    Record,
     accuracy,
     attempt,
     bits,
@@ -569,7 +570,7 @@ class Watched(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        object.__setattr__(self, "_seen", [])
+        self._seen = Record()
 
     def forward(self, x: Tensor) -> Tensor:
         self._seen.append((threading.get_ident(), len(x)))
@@ -612,7 +613,8 @@ def test_a_thousand_batches_of_one_sample_are_one_call_in_the_callers_thread(for
     sylinit.initialize_(whole, [(x, y)], **ONE_RECIPE)
     report = sylinit.initialize_(model, batches, **ONE_RECIPE)
     assert started_threads == []
-    assert model._seen == [(threading.get_ident(), 1000)]
+    assert {thread for thread, _ in model._seen.entries} == {threading.get_ident()}
+    assert [count for _, count in model._seen.entries if count > 10] == [1000], "beside the trial run on a few"
     assert report.samples == 1000
     same_weights(model, whole)
     assert score_on((x, y))(whole) > 0.95
@@ -622,7 +624,7 @@ def test_four_thousand_batches_are_read_if_samples_allows_it():
     x, y = clusters(4000)
     model = Watched(*mlp())
     report = served(model, cut(x, y, 1), samples=4000, **ONE_RECIPE).report
-    assert [count for _, count in model._seen] == [4000]
+    assert [count for _, count in model._seen.entries if count > 10] == [4000]
     assert report.samples == 4000
 
 
@@ -630,7 +632,8 @@ def test_samples_bounds_what_is_read_and_a_note_says_so():
     x, y = clusters(300)
     model, first = mlp(), mlp()
     first.load_state_dict(model.state_dict())
-    served(first, [(x[:128], y[:128])], train_size=300, **ONE_RECIPE)
+    evenly = torch.arange(128) * 300 // 128
+    served(first, [(x[evenly], y[evenly])], train_size=300, **ONE_RECIPE)
     outcome = served(model, cut(x, y, 32), samples=128, train_size=300, **ONE_RECIPE)
     assert outcome.report.samples == 128
     assert any("samples" in note and "128" in note for note in outcome.report.notes)
@@ -696,7 +699,7 @@ def test_ragged_token_batches_are_padded_with_their_mask():
     tokens = 2 * torch.randn(4, 8, generator=generator)[y][:, None] + torch.randn(80, 6, 8, generator=generator)
     calls: list[int] = []
     ragged = Encoder()
-    ragged.register_forward_pre_hook(lambda module, args: calls.append(1))
+    ragged.register_forward_pre_hook(lambda module, args: calls.append(len(args[0]) if args else 0))
     long = Encoder()
     long.load_state_dict(ragged.state_dict())
     lengths = [6] * 40 + [4] * 40
@@ -708,7 +711,7 @@ def test_ragged_token_batches_are_padded_with_their_mask():
     ]
     served(long, [whole], **ONE_RECIPE)
     served(ragged, parts, **ONE_RECIPE)
-    assert len(calls) == 1
+    assert len(calls) <= 3, "a trial run, one to see where samples lie, and the pass"
     same_weights(ragged, long)
     with torch.no_grad():
         assert accuracy(ragged.eval()(whole["x"], mask), y) > 0.9
@@ -929,7 +932,7 @@ class Timed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.h = nn.Linear(20, 32, dtype=torch.bfloat16), nn.Linear(32, 4)
-        object.__setattr__(self, "_seen", [])
+        self._seen = Record()
 
     def forward(self, x: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
         self._seen.append((t, mask))
@@ -955,7 +958,7 @@ def test_times_beside_the_input_are_not_rounded(form, size, dtype):
     if form == "forward=":
         options["forward"] = lambda m, batch: m(batch[0], batch[1])
     served(model, batches, **options, **ONE_RECIPE)
-    seen = torch.cat([t for t, _ in model._seen])
+    seen = torch.cat([t for t, _ in model._seen.entries if len(t) > 10])
     assert seen.dtype == dtype
     assert torch.equal(seen, t)
 
@@ -966,7 +969,7 @@ def test_masks_beside_the_input_keep_their_dtype(dtype):
     model = Timed()
     mask = torch.ones(200).to(dtype)
     served(model, [{"x": x, "t": TIMES, "mask": mask, "labels": y}], **ONE_RECIPE)
-    ((_, seen),) = model._seen
+    ((_, seen),) = (entry for entry in model._seen.entries if len(entry[0]) > 10)
     assert seen.dtype == dtype
 
 
@@ -994,7 +997,7 @@ def test_forward_gets_the_batch_as_the_user_made_it(size):
     model = mlp()
     served(model, batches, forward=forward, **ONE_RECIPE)
     assert all(type(batch) is Bag and batch.note == "kept" for batch in seen)
-    assert torch.equal(torch.cat([batch.x for batch in seen]), x.double())
+    assert torch.equal(torch.cat([batch.x for batch in seen if len(batch.x) > 10]), x.double())
     assert score_on((x, y))(model) > 0.95
 
 

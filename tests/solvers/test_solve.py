@@ -17,13 +17,13 @@ from sylinit.codes import CODES, LinearCode, as_code
 from sylinit.codes.linear import linear_code
 from sylinit.config import Config
 from sylinit.errors import SylinitError
-from sylinit.fit import Fit
-from sylinit.scaling import rescale
-from sylinit.solve import SOLVERS
 from sylinit.solvers.exact import Exact, fit_exact
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Declined, Problem, Source
 from sylinit.solvers.projected import fit_projected
 from sylinit.solvers.row_space import RowSpace
+from sylinit.solvers.scaling import rescale
+from sylinit.solvers.solve import SOLVERS
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance, Moments
 
@@ -191,7 +191,7 @@ class Columns:
 
 
 def test_a_solver_is_one_class_and_one_line(monkeypatch):
-    monkeypatch.setattr("sylinit.solve.SOLVERS", [Columns(), *SOLVERS])
+    monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [Columns(), *SOLVERS])
     model = network()
     report = sylinit.initialize_(model, [wide()])
     assert [layer.solver for layer in report.initialized] == ["columns", "exact"]
@@ -199,7 +199,7 @@ def test_a_solver_is_one_class_and_one_line(monkeypatch):
 
 
 def test_a_solver_that_declines_leaves_the_layer_to_the_next_and_says_why(monkeypatch):
-    monkeypatch.setattr("sylinit.solve.SOLVERS", [Columns(declines=True), *SOLVERS])
+    monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [Columns(declines=True), *SOLVERS])
     models = [network(), network()]
     report = sylinit.initialize_(models[0], [wide()])
     assert report["0"].solver == "projected"
@@ -210,7 +210,7 @@ def test_a_solver_that_declines_leaves_the_layer_to_the_next_and_says_why(monkey
 
 
 def test_a_layer_without_a_solver_is_an_error(monkeypatch):
-    monkeypatch.setattr("sylinit.solve.SOLVERS", [])
+    monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [])
     with pytest.raises(SylinitError, match="layer '0': no solver applies"):
         sylinit.initialize_(network(), [wide()])
 

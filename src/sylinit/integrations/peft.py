@@ -31,19 +31,19 @@ from sylinit.data.calibration import CalibrationSet, calibration_set
 from sylinit.data.goals import make_goal
 from sylinit.data.tasks import HeadShape, Task
 from sylinit.errors import SylinitError, require
-from sylinit.fit import Fit
 from sylinit.initialize import initialize_head_
 from sylinit.layers.inputs import plain, tensors
 from sylinit.layers.registry import hypotheses
 from sylinit.layers.view import LayerView
 from sylinit.linalg.eigh import robust_eigh
+from sylinit.plan.selection import selector
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
-from sylinit.scaling import rescale
-from sylinit.selection import selector
-from sylinit.solve import solve
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
+from sylinit.solvers.scaling import rescale
+from sylinit.solvers.solve import solve
 from sylinit.statistics.moments import CHUNK, Covariance, Moments
 from sylinit.statistics.rows import Known, collect, not_finite
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sylinit.errors import SylinitError
-from sylinit.report import ROOT
+from sylinit.errors import ROOT, SylinitError
 from sylinit.runtime.transaction import Transaction
 
 if TYPE_CHECKING:  # importing these takes as long as importing all of sylinit; only sharded models need them

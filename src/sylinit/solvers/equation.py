@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sylinit.codes.linear import LinearCode, linear_code
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.linalg.cross_validation import least_error_weight
 from sylinit.linalg.eigh import robust_eigh
 from sylinit.linalg.sylvester import solve_diagonal
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance
@@ -28,23 +28,34 @@ class Equation:
         code: the code in principal axes.
         gram: ``A = S S^T / n``, ``[g, k, k]``.
         cross: ``S X'^T / n`` in principal axes, ``[g, k, r]``.
+        units: where there are more units than numbers that a code is made of, ``Q [g, units, k]`` with orthonormal
+            columns: the code above is ``S' = Q^T S``, and the weight of all units is ``Q W'``. No matrix of units by
+            units is formed then.
     """
 
     code: LinearCode
     gram: Tensor
     cross: Tensor
+    units: Tensor | None = None
+
+    def of_all_units(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Matrices ``[g, k, ...]`` of the code's dimensions, for all units."""
+        return parts if self.units is None else tuple(self.units @ part for part in parts)
 
 
 def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -> Equation:
     """Draw the code of a layer and form its equation."""
     code = _code(problem, axes, config)
-    on_x, on_t = code.on_x, code.on_t
+    on_x, on_t, units, count = code.on_x, code.on_t, None, code.on_x.shape[1]
+    if count > on_x.shape[2] + on_t.shape[2]:
+        units, made_of = torch.linalg.qr(torch.cat([on_x, on_t], 2))
+        on_x, on_t = made_of.split([on_x.shape[2], on_t.shape[2]], 2)
     cross = torch.baddbmm(on_x * axes.variances.unsqueeze(1), on_t, axes.xt.mT)
     on_target = torch.baddbmm(torch.bmm(on_x, axes.xt), on_t, axes.tt.expand(len(on_t), -1, -1))  # S t^T
     gram = torch.baddbmm(torch.bmm(on_target, on_t.mT), cross, on_x.mT)
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_(min=_TINY)
+    size = gram.diagonal(dim1=1, dim2=2).sum(1).div_(count).clamp_(min=_TINY)
     scale = (cov.variance / size).clamp_(min=0).sqrt_().view(-1, 1, 1)
-    return Equation(LinearCode(on_x * scale, on_t * scale), gram * scale.square(), cross * scale)
+    return Equation(LinearCode(on_x * scale, on_t * scale), gram * scale.square(), cross * scale, units)
 
 
 def solve_in_axes(
@@ -55,14 +66,12 @@ def solve_in_axes(
     Returns:
         ``W``, ``[g, k, r]``, and lambda.
     """
-    code, gram, cross = equation.code, equation.gram, equation.cross
-    made_of = torch.cat([code.on_x, code.on_t], 2)  # E of S = E [x, t]
-    span = torch.linalg.qr(made_of)[0] if made_of.shape[1] > made_of.shape[2] else None
+    gram, cross = equation.gram, equation.cross
     encoding_weight = problem.encoding_weight(config)
     if encoding_weight is None:
         a, u = robust_eigh(gram)
         encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count, config.chunk)
-    weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross, span)
+    weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross)
     return weight, encoding_weight
 
 

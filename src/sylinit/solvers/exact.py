@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.solvers.equation import equation_of, judged, solve_in_axes, with_varied_targets
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem, Source
 from sylinit.statistics.axes import principal_axes
 from sylinit.statistics.moments import Covariance
@@ -36,7 +36,6 @@ def fit_exact(cov: Covariance, problem: Problem, config: Config) -> Fit:
     equation = equation_of(problem, axes, cov, config)
     weight, encoding_weight = solve_in_axes(problem, axes, equation, cov.count, config)
     weight, cross = weight @ axes.basis.mT, equation.cross @ axes.basis.mT
-    fit = judged(
-        weight, equation.gram @ weight, weight @ cov.xx, cross, equation, cov, encoding_weight, Exact.name, config
-    )
+    weight, decoded, encoded, cross = equation.of_all_units(weight, equation.gram @ weight, weight @ cov.xx, cross)
+    fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, Exact.name, config)
     return replace(fit, note=note)

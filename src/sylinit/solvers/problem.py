@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sylinit.codes.registry import Code
 from sylinit.config import Config
-from sylinit.fit import Fit
+from sylinit.solvers.fit import Fit
 from sylinit.statistics.moments import Covariance
 
 T = TypeVar("T")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.linalg.projected import solve_projected
 from sylinit.linalg.subspace import principal_subspace
 from sylinit.solvers.equation import equation_of, judged, with_varied_targets
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Declined, Problem, Source
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance

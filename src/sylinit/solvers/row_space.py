@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.linalg.subspace import row_axes
 from sylinit.solvers.equation import equation_of, judged, solve_in_axes, with_varied_targets
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem, Source
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance
@@ -63,8 +63,8 @@ def fit_in_row_space(rows: Tensor, targets: Tensor, problem: Problem, config: Co
     axes = Axes(basis, variances, cov.xt, cov.tt)
     equation = equation_of(problem, axes, cov, config)
     weight, encoding_weight = solve_in_axes(problem, axes, equation, cov.count, config)
-    encoded = weight * variances.unsqueeze(1)
-    fit = judged(
-        weight, equation.gram @ weight, encoded, equation.cross, equation, cov, encoding_weight, RowSpace.name, config
+    weight, decoded, encoded, cross = equation.of_all_units(
+        weight, equation.gram @ weight, weight * variances.unsqueeze(1), equation.cross
     )
+    fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, RowSpace.name, config)
     return replace(fit, note=note)

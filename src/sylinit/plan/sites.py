@@ -15,8 +15,8 @@ from sylinit.codes import Code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
 from sylinit.data.goals import Goal, log_prior
+from sylinit.data.score import Score, fitted_score
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
-from sylinit.fit import Fit
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import plain, require_plain_rows
 from sylinit.layers.normalization import check_channels, norm_sums, start_fresh, write_statistics
@@ -26,11 +26,11 @@ from sylinit.linalg.leave_one_out import leave_one_out
 from sylinit.report import LayerReport
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
-from sylinit.scaling import rescale
-from sylinit.score import Score, fitted_score
-from sylinit.solve import solve
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem, Role
-from sylinit.standardize import standardized
+from sylinit.solvers.scaling import rescale
+from sylinit.solvers.solve import solve
+from sylinit.solvers.standardize import standardized
 from sylinit.statistics.alignment import Layout
 from sylinit.statistics.rows import Known, Rows, collect, not_finite, require_finite
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sylinit.config import Config
-from sylinit.fit import Fit
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Role
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sylinit.errors import SylinitError, UnsupportedLayerError
+from sylinit.errors import ROOT, SylinitError, UnsupportedLayerError
 from sylinit.layers.normalization import keeps_statistics
 from sylinit.layers.registry import hypotheses, is_lazy, is_quantized
-from sylinit.report import ROOT, LayerReport
-from sylinit.trace import Candidate
+from sylinit.plan.trace import Candidate
+from sylinit.report import LayerReport
 
 STATISTICS = re.compile(r"(^|_)(running|moving|mean|var|std|ema|avg)(_|$)")
 """Names of buffers that look like running statistics."""

@@ -12,16 +12,16 @@ from sylinit.codes import CODES, HEAD, Code, as_code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
 from sylinit.data.goals import Goal
-from sylinit.errors import SylinitError, warn
-from sylinit.heads import Heads, find_heads, module_name
-from sylinit.inventory import Inventory
+from sylinit.errors import ROOT, SylinitError, warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
-from sylinit.report import ROOT, LayerReport
-from sylinit.selection import matches, require_match, selector
-from sylinit.sites import MatrixSite, NormalizationSite, Site
-from sylinit.trace import Trace
+from sylinit.plan.heads import Heads, find_heads, module_name
+from sylinit.plan.inventory import Inventory
+from sylinit.plan.selection import matches, require_match, selector
+from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
+from sylinit.plan.trace import Trace
+from sylinit.report import LayerReport
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from sylinit.codes.fitted import fitted_code
 from sylinit.codes.linear import HEAD
 from sylinit.config import Config
 from sylinit.errors import SylinitError
-from sylinit.fit import Fit
 from sylinit.solvers.exact import Exact
+from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem, Solver, Source
 from sylinit.solvers.projected import Projected
 from sylinit.solvers.row_space import RowSpace

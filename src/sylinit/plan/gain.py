@@ -8,13 +8,13 @@ from dataclasses import asdict
 from torch import Tensor
 
 from sylinit.data.goals import Goal
+from sylinit.data.score import Before, Score, constant_score, flat, score
 from sylinit.errors import warn
-from sylinit.heads import Heads, module_name
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
-from sylinit.score import Before, Score, constant_score, flat, score
-from sylinit.sites import Promise
-from sylinit.trace import Trace
+from sylinit.plan.heads import Heads, module_name
+from sylinit.plan.sites import Promise
+from sylinit.plan.trace import Trace
 
 BROKEN_PROMISE = 0.05
 """A difference in accuracy or R² between output and promise that rounding does not explain."""
@@ -78,10 +78,8 @@ def _broken(view: LayerView, promised: float, actual: float) -> str:
 
 
 def _long(view: LayerView, ratio: float) -> str:
-    note = (
+    return (
         f"head {view.name!r}: its weights are {ratio:.0f} times as long as usual, since its features tell the targets "
         "apart by small differences; the first training steps may tear them apart: lower Config.logit_deviation, warm "
         "the learning rate up, or divide it by ten for this layer"
     )
-    warn(note)
-    return note

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sylinit.config import Config
-from sylinit.fit import Fit
 from sylinit.layers.convolution import ConvView
+from sylinit.solvers.fit import Fit
 from sylinit.statistics.moments import Covariance
 from sylinit.statistics.rows import Rows
 

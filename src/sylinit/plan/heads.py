@@ -17,8 +17,8 @@ from sylinit.data.tasks import Facts, HeadShape, Task
 from sylinit.errors import SylinitError, warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
-from sylinit.selection import matches, require_match
-from sylinit.trace import Output, Trace
+from sylinit.plan.selection import matches, require_match
+from sylinit.plan.trace import Output, Trace
 
 
 @dataclass(frozen=True)
