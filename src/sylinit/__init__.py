@@ -13,16 +13,18 @@ Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylves
 
 from typing import TYPE_CHECKING, Any
 
+from sylinit import integrations
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
 from sylinit.data.score import Before, Score
-from sylinit.errors import SylinitError, SylinitWarning, UnsupportedLayerError
+from sylinit.errors import MissingPackageError, SylinitError, SylinitWarning, UnsupportedLayerError
 from sylinit.initialize import initialize_, initialize_head_
 from sylinit.layers.registry import register_layer
 from sylinit.layers.view import LayerView
 from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
+from sylinit.saving import Saved, load, save
 
 if TYPE_CHECKING:
     from sylinit.comparison.api import compare
@@ -37,8 +39,10 @@ __all__ = [
     "LayerReport",
     "LayerView",
     "LinearCode",
+    "MissingPackageError",
     "ProcessFailedError",
     "Report",
+    "Saved",
     "Score",
     "Solution",
     "SylinitError",
@@ -47,9 +51,12 @@ __all__ = [
     "compare",
     "initialize_",
     "initialize_head_",
+    "integrations",
+    "load",
     "mixed",
     "register_code",
     "register_layer",
+    "save",
     "solve_sylvester",
     "sylvester_",
 ]
