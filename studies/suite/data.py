@@ -73,7 +73,12 @@ DATA_SETS: dict[str, DataSet] = {}
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs ``x`` (float32, standardized; token numbers int64) and targets ``y``: classes int64 ``[n]``, or ``[n, 1]``."""
+    """Inputs and targets.
+
+    Attributes:
+        x: ``[n, *shape]``, float32 and standardized; token numbers are int64.
+        y: classes ``[n]``, int64; values ``[n, 1]``, float32 and standardized.
+    """
 
     x: Tensor
     y: Tensor
@@ -230,10 +235,11 @@ def fashion_mnist(part: str, directory: Path | None) -> tuple[Any, Any]:
 # Data in one piece, which a fixed seed cuts into a training part of 60 % and a test part
 
 
-def cut(x: Any, y: Any, part: str, *, regression: bool = False) -> tuple[Any, Any]:
-    """One of the two parts, with equal shares of the classes."""
+def cut(part: str, whole: Any, *, regression: bool = False) -> tuple[Any, Any]:
+    """One of the two parts of ``(x, y)``, with equal shares of the classes."""
     from sklearn.model_selection import train_test_split
 
+    x, y = whole
     index = np.arange(len(y))
     train, test = train_test_split(index, test_size=0.4, random_state=0, stratify=None if regression else y)
     chosen = train if part == "train" else test
@@ -252,7 +258,7 @@ def digits_table(part: str, directory: Path | None) -> tuple[Any, Any]:
     """The same digits as rows of 64 numbers."""
     from sklearn.datasets import load_digits
 
-    return cut(*load_digits(return_X_y=True), part)
+    return cut(part, load_digits(return_X_y=True))
 
 
 @dataset("breast-cancer", "table")
@@ -260,7 +266,7 @@ def breast_cancer(part: str, directory: Path | None) -> tuple[Any, Any]:
     """Benign and malignant tumors, 30 measurements each, of scikit-learn."""
     from sklearn.datasets import load_breast_cancer
 
-    return cut(*load_breast_cancer(return_X_y=True), part)
+    return cut(part, load_breast_cancer(return_X_y=True))
 
 
 @dataset("wine", "table")
@@ -268,7 +274,7 @@ def wine(part: str, directory: Path | None) -> tuple[Any, Any]:
     """Wines of three growers, 13 measurements each, of scikit-learn."""
     from sklearn.datasets import load_wine
 
-    return cut(*load_wine(return_X_y=True), part)
+    return cut(part, load_wine(return_X_y=True))
 
 
 @dataset("diabetes", "table", regression=True)
@@ -276,7 +282,7 @@ def diabetes(part: str, directory: Path | None) -> tuple[Any, Any]:
     """Progression of diabetes after a year, from 10 measurements, of scikit-learn."""
     from sklearn.datasets import load_diabetes
 
-    return cut(*load_diabetes(return_X_y=True), part, regression=True)
+    return cut(part, load_diabetes(return_X_y=True), regression=True)
 
 
 @dataset("friedman1", "table", regression=True)
@@ -284,7 +290,7 @@ def friedman1(part: str, directory: Path | None) -> tuple[Any, Any]:
     """Friedman's first regression problem, 10 columns of which 5 matter, made by scikit-learn with a fixed seed."""
     from sklearn.datasets import make_friedman1
 
-    return cut(*make_friedman1(2000, noise=1.0, random_state=0), part, regression=True)
+    return cut(part, make_friedman1(2000, noise=1.0, random_state=0), regression=True)
 
 
 def series(name: str, part: str) -> tuple[Any, Any]:
@@ -299,7 +305,7 @@ def series(name: str, part: str) -> tuple[Any, Any]:
     if isinstance(x, list):
         longest = max(one.shape[1] for one in x)
         x = np.stack([np.pad(one, ((0, 0), (0, longest - one.shape[1]))) for one in x])
-    return cut(x, np.unique(y, return_inverse=True)[1], part)
+    return cut(part, (x, np.unique(y, return_inverse=True)[1]))
 
 
 @dataset("italy-power-demand", "series")

@@ -5,7 +5,7 @@ runs one by name and returns the seconds it took. Besides the names in `METHODS`
 a name: its keyword arguments, as in ``code=mixed:0.5`` or ``code=auto;config.logit_deviation=0.1``. What follows a
 ``#`` in a name is a label that keeps records apart, as in ``default#shrinkage``.
 
-Add a method: a function, and the line ``@method("name")`` above it.
+Add a method: a function, and its line in `METHODS`.
 """
 
 from __future__ import annotations
@@ -31,24 +31,11 @@ Batches = list[tuple[Tensor, Tensor]]
 
 Method = Callable[[Network, Batches, torch.Generator], None]
 
-METHODS: dict[str, Method] = {}
-"""Every initialization by name."""
-
 RANDOM = ("own", "he", "xavier", "orthogonal", "lsuv")
 """Initializations that need no labels and, but for the scales of LSUV, no data."""
 
 PRETRAINED_METHODS = ("own", "own-head", "lp-ft", "default")
 """Those that make sense where the body has been trained before."""
-
-
-def method(name: str) -> Callable[[Method], Method]:
-    """Put an initialization into `METHODS` under `name`."""
-
-    def register(function: Method) -> Method:
-        METHODS[name] = function
-        return function
-
-    return register
 
 
 def initialize(name: str, model: Network, batches: Batches, generator: torch.Generator) -> float:
@@ -109,7 +96,6 @@ def options_in(text: str) -> dict[str, Any]:
 # Random weights
 
 
-@method("own")
 def own(model: Network, batches: Batches, generator: torch.Generator) -> None:
     """The weights that the network came with."""
 
@@ -139,12 +125,11 @@ def draw(model: Network, batches: Batches, generator: torch.Generator, *, distri
                     parameter.zero_()
 
 
-METHODS["he"] = partial(draw, distribution=partial(nn.init.kaiming_normal_, nonlinearity="relu"))
-METHODS["xavier"] = partial(draw, distribution=nn.init.xavier_normal_)
-METHODS["orthogonal"] = partial(draw, distribution=nn.init.orthogonal_)
+he = partial(draw, distribution=partial(nn.init.kaiming_normal_, nonlinearity="relu"))
+xavier = partial(draw, distribution=nn.init.xavier_normal_)
+orthogonal = partial(draw, distribution=nn.init.orthogonal_)
 
 
-@method("lsuv")
 @torch.no_grad()
 def lsuv(model: Network, batches: Batches, generator: torch.Generator) -> None:
     """Orthogonal weights, each layer divided by the deviation of its output on the first batch.
@@ -152,7 +137,7 @@ def lsuv(model: Network, batches: Batches, generator: torch.Generator) -> None:
     One pass is enough: biases are zero, so a layer's output scales with its weight.
     Source: Mishkin and Matas, *All you need is a good init*, ICLR 2016.
     """
-    METHODS["orthogonal"](model, batches, generator)
+    orthogonal(model, batches, generator)
     scaled: set[nn.Module] = set()
 
     def scale(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -160,7 +145,7 @@ def lsuv(model: Network, batches: Batches, generator: torch.Generator) -> None:
             return output
         scaled.add(layer)
         deviation = output.std().clamp(min=1e-8)
-        layer.weight.div_(deviation)  # type: ignore[operator,union-attr]
+        layer.weight.div_(deviation)  # type: ignore[operator]
         return output / deviation
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
@@ -193,11 +178,6 @@ def is_trained(name: str, module: nn.Module) -> bool:
     return all(parameter.requires_grad for parameter in module.parameters())
 
 
-METHODS["default"] = call_sylinit
-METHODS["pca-head"] = partial(call_sylinit, code="pca")
-
-
-@method("pca")
 @torch.no_grad()
 def pca(model: Network, batches: Batches, generator: torch.Generator) -> None:
     """Each unit a whitened principal component of its layer's input, below a head as the network came with it.
@@ -210,14 +190,12 @@ def pca(model: Network, batches: Batches, generator: torch.Generator) -> None:
     model.head.load_state_dict(head)
 
 
-@method("own-head")
 def own_head(model: Network, batches: Batches, generator: torch.Generator) -> None:
     """The body as the network came with it, its BatchNorm statistics measured, below a computed head."""
     update_bn((x for x, _ in batches), model)
     sylinit.initialize_(model, batches, layers="head", generator=generator)
 
 
-@method("lp-ft")
 def lp_ft(model: Network, batches: Batches, generator: torch.Generator) -> None:
     """A linear probe before everything is trained: logistic or ridge regression on the body's features.
 
@@ -243,13 +221,35 @@ def lp_ft(model: Network, batches: Batches, generator: torch.Generator) -> None:
 
 def linear_probe(features: np.ndarray, targets: np.ndarray) -> Any:
     """A fitted linear model of scikit-learn."""
-    from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+    from sklearn.linear_model import RidgeCV
 
     if targets.ndim == 2:
         return RidgeCV(np.logspace(-3, 3, 13)).fit(features, targets[:, 0])
+    return cross_validated_logistic(np.logspace(-3, 1, 5)).fit(features, targets)
+
+
+def cross_validated_logistic(strengths: np.ndarray) -> Any:
+    """Logistic regression; of the inverse penalties, that of least cross-entropy in three folds."""
+    from sklearn.linear_model import LogisticRegressionCV
+
     return LogisticRegressionCV(
-        Cs=np.logspace(-3, 1, 5), cv=3, l1_ratios=(0.0,), use_legacy_attributes=False, max_iter=300
-    ).fit(features, targets)
+        Cs=strengths, cv=3, l1_ratios=(0.0,), scoring="neg_log_loss", use_legacy_attributes=False, max_iter=300
+    )
+
+
+METHODS: dict[str, Method] = {
+    "own": own,
+    "he": he,
+    "xavier": xavier,
+    "orthogonal": orthogonal,
+    "lsuv": lsuv,
+    "pca": pca,
+    "pca-head": partial(call_sylinit, code="pca"),
+    "own-head": own_head,
+    "lp-ft": lp_ft,
+    "default": call_sylinit,
+}
+"""Every initialization by name."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,11 +274,9 @@ def minirocket(regression: bool) -> Any:
 
 def logistic(regression: bool) -> Any:
     """Logistic regression; ridge regression where values are predicted."""
-    from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+    from sklearn.linear_model import RidgeCV
 
-    if regression:
-        return RidgeCV(np.logspace(-3, 3, 13))
-    return LogisticRegressionCV(l1_ratios=(0.0,), use_legacy_attributes=False, cv=3, max_iter=1000)
+    return RidgeCV(np.logspace(-3, 3, 13)) if regression else cross_validated_logistic(np.logspace(-3, 3, 7))
 
 
 def forest(regression: bool) -> Any:
