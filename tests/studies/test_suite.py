@@ -432,10 +432,12 @@ def test_a_failure_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(methods.METHODS, "default", broken)
     store = Store(tmp_path / "runs.jsonl")
-    failed = run_suite(plan(), store)
+    small = Plan((TASKS["tiny-table-8/mlp"],), methods=("own", "default"), seeds=(0,), steps=2)
+    failed = run_suite(small, store)
     assert {one.method for one in failed} == {"default"}
-    assert len(failed) == 2 * 4
-    assert len(store.results) == len(plan()) - 2 * 6
+    assert len(failed) == 4
+    assert {one.method for one in store.results} == {"own", "logistic", "forest"}
+    assert len(store.results) == 5 + 2
 
 
 @pytest.mark.usefixtures("tiny")
@@ -535,7 +537,7 @@ RECORDS = [
     *(record(VIT, "own", seed, 0.1, after) for seed, after in enumerate((0.30, 0.40))),
     *(record(VIT, "he", seed, 0.1, after) for seed, after in enumerate((0.38, 0.42))),
     *(record(VIT, "pca-head", seed, 0.3, after) for seed, after in enumerate((0.44, 0.46))),
-    *(record(VIT, "default", seed, 0.37, after, middle=0.41) for seed, after in enumerate((0.42, 0.44))),
+    *(record(VIT, "default", seed, 0.38, after, middle=0.41) for seed, after in enumerate((0.42, 0.44))),
     # On the FCN, only the network's own weights: 0.80; the candidate starts above it and ends at it.
     *(record(FCN, "own", seed, 0.2, 0.8) for seed in (0, 1)),
     *(record(FCN, "default", seed, 0.85, 0.8, middle=0.7) for seed in (0, 1)),
@@ -568,7 +570,7 @@ def test_figures_are_those_computed_by_hand() -> None:
     assert (second["tasks"], second["mean"]) == (1, pytest.approx(-0.02))
     assert second["below by more than a point"] == 1
     third = shown["3 before training, against the best random start after training"]
-    # shares of the best: ViT 0.37 / 0.40, FCN 0.85 / 0.80, LoRA 0.63 / 0.70
+    # shares of the best: ViT 0.38 / 0.40, FCN 0.85 / 0.80, LoRA 0.63 / 0.70
     assert third == {"tasks": 3, "at least nine tenths": pytest.approx(1.0), "more": pytest.approx(1 / 3)}
     on_series = shown["3 before training, on time series"]
     assert on_series == {"tasks": 1, "at least the trained FCN": 1.0, "mean over MiniRocket": pytest.approx(-0.06)}
@@ -586,7 +588,7 @@ def test_comparison_names_the_best_random_start() -> None:
     vit = next(one for one in compare(Results(RECORDS, test=True), "default", "adamw") if one.task == VIT)
     assert (vit.best, vit.best_after) == ("he", pytest.approx(0.40))
     assert (vit.gain.mean, vit.gain.half) == (pytest.approx(0.03), pytest.approx(12.7062 * 0.01, rel=1e-4))
-    assert (vit.before, vit.after) == (pytest.approx(0.37), pytest.approx(0.43))
+    assert (vit.before, vit.after) == (pytest.approx(0.38), pytest.approx(0.43))
     validation = compare(Results(RECORDS, test=False), "default", "adamw")
     assert next(one for one in validation if one.task == VIT).after == pytest.approx(0.53)
 
@@ -608,6 +610,6 @@ def test_the_page_shows_every_task(tmp_path: Path, capsys: pytest.CaptureFixture
     main(["report", str(file)])
     printed = capsys.readouterr().out
     assert printed == page(Results(RECORDS, test=True), "default", "adamw")
-    assert f"| {VIT} | he 40.0 | 37.0 > 43.0 | +3.0 ± 12.7 | -2.0 ± 0.0 | 0.93 | 25 % |" in printed
+    assert f"| {VIT} | he 40.0 | 38.0 > 43.0 | +3.0 ± 12.7 | -2.0 ± 0.0 | 0.95 | 25 % |" in printed
     assert f"| {LORA} | own 70.0 | 63.0 > 65.0 | -5.0 ± 0.0 |  | 0.90 | never |" in printed
     assert "| 91.0 |" in printed  # MiniRocket
