@@ -27,12 +27,21 @@ NEAR = 0.05
 
 @dataclass(frozen=True)
 class Outcome:
-    """A reported run: `before` and `after` training on the chosen part; `curve`, ``(step, validation)``."""
+    """A reported run.
+
+    Attributes:
+        before: value before training, on the chosen part.
+        after: the same after training.
+        curve: ``(step, value on the validation subset)``.
+        initialization: seconds.
+        training: seconds, without measuring.
+    """
 
     before: float
     after: float
     curve: tuple[tuple[int, float], ...]
-    seconds: float
+    initialization: float
+    training: float
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,17 @@ class Results:
                 if method in REFERENCES:
                     self.references[group_of(task), method][seed] = curve[-1][column]
                 else:
-                    seconds = record["result"]["initialization_seconds"]
-                    validation = tuple((point[0], point[1]) for point in curve)
-                    outcome = Outcome(curve[0][column], curve[-1][column], validation, seconds)
-                    self.reported[task, method, optimizer][seed] = outcome
+                    result = record["result"]
+                    self.reported[task, method, optimizer][seed] = Outcome(
+                        before=curve[0][column],
+                        after=curve[-1][column],
+                        curve=tuple((point[0], point[1]) for point in curve),
+                        initialization=result["initialization_seconds"],
+                        training=result["training_seconds"],
+                    )
 
     def values(self, task: str, method: str, optimizer: str, what: str) -> list[float]:
-        """`before`, `after` or `seconds` of each seed, in the seeds' order."""
+        """One attribute of the outcome of each seed, in the seeds' order."""
         return [getattr(outcome, what) for _, outcome in sorted(self.reported[task, method, optimizer].items())]
 
     def has(self, task: str, method: str, optimizer: str) -> bool:
@@ -321,7 +334,7 @@ def page(results: Results, candidate: str, optimizer: str) -> str:
         ]
         for one in compare(results, candidate, optimizer)
     ]
-    parts += [table(heads, rows), all_methods(results, optimizer)]
+    parts += [table(heads, rows), all_methods(results, optimizer), seconds(results, optimizer)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -343,6 +356,23 @@ def all_methods(results: Results, optimizer: str) -> str:
             cells.append(percent(statistics.fmean(values.values())) if values else "")
         rows.append([task, *cells])
     return table(["task", *methods, *references], rows)
+
+
+def seconds(results: Results, optimizer: str) -> str:
+    """Median seconds over tasks and seeds, by method."""
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    for (_, method, name), seeds in results.reported.items():
+        if name == optimizer:
+            outcomes[method] += seeds.values()
+    rows = [
+        [
+            method,
+            f"{statistics.median(one.initialization for one in ones):.2f}",
+            f"{statistics.median(one.training for one in ones):.2f}",
+        ]
+        for method, ones in outcomes.items()
+    ]
+    return table(["method", "seconds of initialization", "seconds of training"], rows)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

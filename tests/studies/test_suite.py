@@ -512,7 +512,8 @@ def record(
         "steps": 160,
         "result": {
             "curve": [list(point) for point in zip((0, 40, 160), values, test, strict=True)],
-            "initialization_seconds": 1.0,
+            "initialization_seconds": 1.0 + seed,
+            "training_seconds": 10.0,
         },
         "environment": {"commit": "abc"},
     }
@@ -613,3 +614,4 @@ def test_the_page_shows_every_task(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"| {VIT} | he 40.0 | 38.0 > 43.0 | +3.0 ± 12.7 | -2.0 ± 0.0 | 0.95 | 25 % |" in printed
     assert f"| {LORA} | own 70.0 | 63.0 > 65.0 | -5.0 ± 0.0 |  | 0.90 | never |" in printed
     assert "| 91.0 |" in printed  # MiniRocket
+    assert "| default | 1.50 | 10.00 |" in printed
