@@ -12,16 +12,18 @@ import pytest
 SOURCES = Path(__file__).parents[1] / "src" / "sylinit"
 
 LEVELS = (
-    ("errors", "report"),
+    ("errors",),
     ("config", "linalg", "layers", "runtime"),
     ("statistics", "data"),
-    ("codes", "fit"),
+    ("codes", "report"),
     ("solvers",),
+    ("plan",),
     ("flow",),
+    ("integrations",),
     ("comparison",),
     ("cli",),
 )
-"""Packages, and modules of the root, from the lowest on; "flow" is the rest of the root: what `initialize_` is made of."""
+"""Packages, and modules of the root, from the lowest on; "flow" is the rest of the root, with `initialize`."""
 
 
 @cache
@@ -49,7 +51,7 @@ def imported(name: str) -> set[str]:
 def place(name: str) -> str:
     """The package of a module, or its own name where it has a level of its own."""
     _, *parts = name.split(".")
-    top = parts[0] if parts else "flow"
+    top = "cli" if parts == ["__main__"] else parts[0] if parts else "flow"
     return top if any(top in level for level in LEVELS) else "flow"
 
 

@@ -11,7 +11,8 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
 from sylinit import integrations
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
@@ -25,11 +26,7 @@ from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
 from sylinit.saving import Saved, load, save
-
-if TYPE_CHECKING:
-    from sylinit.comparison.api import compare
-
-__version__ = "0.2.0"
+from sylinit.version import __version__
 
 __all__ = [
     "CODES",
@@ -48,6 +45,7 @@ __all__ = [
     "SylinitError",
     "SylinitWarning",
     "UnsupportedLayerError",
+    "__version__",
     "compare",
     "initialize_",
     "initialize_head_",
@@ -67,9 +65,8 @@ def __getattr__(name: str) -> Any:
     if name != "compare":
         raise AttributeError(f"module 'sylinit' has no attribute {name!r}")
     try:
-        from sylinit.comparison.api import compare
+        return importlib.import_module("sylinit.comparison.api").compare
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError(
             f"sylinit.compare needs more packages ({missing.name}): pip install 'sylinit[cli]'", name=missing.name
         ) from missing
-    return compare

@@ -88,7 +88,7 @@ def options_in(text: str) -> dict[str, Any]:
         else:
             options[key] = value
     if constants:
-        options["config"] = replace(sylinit.Config(), **constants)  # type: ignore[attr-defined]
+        options["config"] = replace(sylinit.Config(), **constants)
     return options
 
 
