@@ -14,7 +14,6 @@ Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylves
 import importlib
 from typing import Any
 
-from sylinit import integrations
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
 from sylinit.data.score import Before, Score
@@ -61,7 +60,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`compare` is loaded when it is used: it needs ``sylinit[cli]``, and importing sylinit stays light."""
+    """`compare` and `integrations` are loaded when they are used, so that importing sylinit stays light."""
+    if name == "integrations":
+        return importlib.import_module("sylinit.integrations")
     if name != "compare":
         raise AttributeError(f"module 'sylinit' has no attribute {name!r}")
     try:

@@ -176,5 +176,4 @@ def _numbers(value: Any, name: str) -> Any:
 
 
 def _versions() -> dict[str, str]:
-
     return {"sylinit": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
