@@ -104,7 +104,9 @@ def initialize_(
             callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``,
             or a mapping from name pattern to any of these. Without labels the default falls back to "pca".
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
-            ``(name, module) -> bool``, or a list of these. Everything else keeps its weights.
+            ``(name, module) -> bool``, or a list of these. Where no module is so called, ``"head"`` stands for the head
+            alone, ``"last:2"`` for the last two layers that the data meets, and ``"new"`` for those that Transformers'
+            ``from_pretrained`` found no weights for. Everything else keeps its weights.
         head: the name of the layer whose outputs are the logits or predictions, a list of names, or a mapping from
             names to targets (keys of the batch, indices among several targets, functions of the batch, tensors of all
             samples); "auto" takes the layers that the trial run saw make the model's output, if their width fits the

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sylinit.config import Config
-from sylinit.data.score import Before
+from sylinit.data.score import Before, Score
 
 Action = Literal["initialized", "recalibrated", "left alone"]
 
@@ -209,6 +209,19 @@ class Report:
         if path is not None:
             figure.savefig(path, dpi=150)
         return errors, residuals
+
+
+def report_from_dict(values: dict[str, Any]) -> Report:
+    """The report of which `Report.to_dict` gave these values, perhaps by way of JSON."""
+    before = dict(values["before"])
+    left_out = before.pop("cross_validated")
+    judged = Before(
+        **{**before, "constant": Score(**before["constant"])},
+        cross_validated=None if left_out is None else Score(**left_out),
+    )
+    layers = tuple(LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
+    known = {**values, "layers": layers, "before": judged, "notes": tuple(values["notes"])}
+    return Report(**{**known, "config": Config(**values["config"])})
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

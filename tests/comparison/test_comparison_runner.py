@@ -211,7 +211,7 @@ def test_the_verdict_says_how_sure_it_is() -> None:
     close = verdict_of({"sylinit": [0.3, 0.2, 0.3], "lsuv": [0.5, 0.4, 0.6], "he-normal": [0.4, 0.5, 0.5]})
     assert "not a clear winner" in close
     assert "sylinit is 23.3" in close
-    assert "One seed" in verdict_of({"sylinit": [0.5], "lsuv": [0.4]})
+    assert "fewer than 3 seeds" in verdict_of({"sylinit": [0.5], "lsuv": [0.4]})
 
 
 def test_gaps_are_paired_over_the_seeds_that_both_have() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -77,6 +77,7 @@ def make_plan(
             that needs labels without labels, a label out of range, or nothing to initialize.
     """
     views, left = _seen(inventory, trace)
+    wish = _named_part(wish, model, views, trace)
     few = (wish.train_size or data.train_size) < config.few_samples
     modules = {name or ROOT: module for name, module in model.named_modules()}
     names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
@@ -124,7 +125,8 @@ def make_plan(
         held = few and _feeds_normalization(view)
         code = _with_targets(code_of(view.name), view.name, heads.told)
         sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
-    _refuse_quantized(left, modules, chosen)
+    if not wish.heads_only:  # a quantized body is no hindrance to its head
+        _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]
     if not sites and not kept:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
@@ -137,6 +139,49 @@ def make_plan(
     if len(data.batches) > 1:
         notes += _depends_on_the_cut(modules)
     return Plan(tuple(sites), tuple(left), heads, (*notes, *_advice(sites, wish, heads, data, config)))
+
+
+def _named_part(wish: Wish, model: nn.Module, views: Sequence[LayerView], trace: Trace) -> Wish:
+    """The wish with "head", "new" and "last:N" as the layers that they stand for."""
+    layers = wish.layers
+    if not isinstance(layers, str) or any(matches(layers, name) for name, _ in model.named_modules() if name):
+        return wish
+    if layers == "head":
+        return replace(wish, layers=None, heads_only=True)
+    if layers == "new":
+        new = new_parameters(model)
+        named = {view.name for view in views if any(id(parameter) in new for parameter in view.parameters)}
+    elif layers.startswith("last:"):
+        count = layers.removeprefix("last:")
+        if not count.isdecimal() or int(count) < 1:
+            raise SylinitError(f"layers={layers!r}: after 'last:' comes how many layers, as in 'last:2'")
+        by_module: dict[str, list[LayerView]] = {}
+        for view in views:
+            by_module.setdefault(module_name(view), []).append(view)
+        met = [view.name for name in trace.order for view in by_module.get(name, ())]
+        named = set(met[-int(count) :])
+    else:
+        return wish
+    return replace(wish, layers=lambda name, module: name in named, overwrite=True)
+
+
+def new_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that ``from_pretrained`` found no weights for.
+
+    Transformers marks each parameter that it loads (``_is_hf_initialized``) and leaves those that it draws unmarked.
+
+    Raises:
+        SylinitError: no parameter is marked, or all are.
+    """
+    drawn = {id(p) for p in model.parameters() if not getattr(p, "_is_hf_initialized", False)}
+    if len(drawn) == len(list(model.parameters())):
+        raise SylinitError(
+            "layers='new': nothing tells which weights were loaded and which are new; this is known of models from "
+            "Transformers' from_pretrained; pass the names of the layers, or initialize_head_"
+        )
+    if not drawn:
+        raise SylinitError("layers='new': all weights were loaded, none is new")
+    return drawn
 
 
 MADE_INSIDE = (

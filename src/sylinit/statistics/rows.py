@@ -189,6 +189,7 @@ def collect(
     generator: torch.Generator,
     processes: Processes,
     device: torch.device,
+    least: int = 2,
 ) -> Rows | None:
     """Choose the rows to read of everything that waits at a layer, the same rows however it is cut into batches.
 
@@ -203,9 +204,10 @@ def collect(
         generator: the same in every process.
         processes: the group.
         device: of the layer.
+        least: fewer rows than this in all are none.
 
     Returns:
-        The rows, or None where there are fewer than two in all.
+        The rows, or None where there are too few in all.
     """
     shapes = {batch: view.positions(x) for batch, x in waiting.items()}
     leads = {batch: (samples, *positions) for batch, (samples, positions) in shapes.items()}
@@ -216,7 +218,7 @@ def collect(
     met = processes.agree(lambda: (sum(lengths.values()), short))
     counts = [count for count, _ in met]
     total = sum(counts)
-    if total < 2:
+    if total < least:
         return None
     share = equal_cost_share(view) if isinstance(view, ConvView) and all(short for _, short in met) else None
     index = sample_index(total, budget(total, share), generator)
