@@ -186,6 +186,9 @@ COUNTS = {
 }
 """Numbers of layers, experts and words."""
 
+DEPTHS = ("depths", "layer_depths", "depth", "stage_num_blocks")
+"""Layers in each stage; at most two are kept."""
+
 GROUPED = {2: "num_key_value_heads num_kv_heads num_attention_groups"}
 """Half as many heads for keys and values as for queries, which some models demand and others refuse."""
 
@@ -219,6 +222,8 @@ def cut_down(config: Any, reduction: tuple[dict[int, str], ...], changes: dict[s
             values[key] = cut_down(value, reduction, changes)
         elif key in given and isinstance(value, int) and not isinstance(value, bool) and value > given[key]:
             values[key] = given[key]
+        elif key in DEPTHS and isinstance(value, list) and reduction:
+            values[key] = [min(depth, 2) for depth in value]
         elif key == "vocab_size" and value is None:
             values[key] = VOCABULARY
         elif key in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(value, list):
