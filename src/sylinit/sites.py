@@ -242,7 +242,7 @@ class NormalizationSite:
     @property
     def device(self) -> torch.device:
         """Where the statistics are."""
-        return self.module.running_mean.device  # type: ignore[union-attr, return-value]
+        return self.module.running_mean.device  # type: ignore[return-value]
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input, if the module itself could read it."""
@@ -253,10 +253,10 @@ class NormalizationSite:
 
     def sums(self, waiting: dict[int, Tensor], context: Context) -> Tensor:
         """``[3, channels]``: count, sum and sum of squares of each channel, over all batches and processes."""
-        channels = self.module.num_features
+        norm: Any = self.module
 
         def local() -> Tensor:
-            none = torch.zeros(3, channels, dtype=torch.float64, device=self.device)  # type: ignore[arg-type]
+            none = torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
             return sum((norm_sums(self.module, x) for x in waiting.values()), none)
 
         sums = context.processes.sum_(context.processes.together(local))

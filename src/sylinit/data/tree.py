@@ -71,9 +71,8 @@ def concatenate(parts: Sequence[Any], sizes: Sequence[int], *, strict: bool, pad
         return _sequence_like(first, items)
     if isinstance(first, Tensor):
         return _concatenated(parts, sizes, strict)
-    if hasattr(first, "__array_interface__") and getattr(first, "shape", ()):
-        joined = _concatenated([torch.as_tensor(part, device="cpu") for part in parts], sizes, strict)
-        return joined.numpy()
+    if _is_array(first):
+        return _concatenated([torch.as_tensor(part, device="cpu") for part in parts], sizes, strict).numpy()
     if all(part is first for part in parts) or (isinstance(first, (int, float, str)) and len(set(parts)) == 1):
         return first
     raise CannotConcatenate(f"they hold a {type(first).__name__}")
@@ -95,7 +94,7 @@ def select(value: Any, index: Tensor, samples: int) -> Any:
             if leaf.layout is not torch.strided:
                 return leaf.to_dense().index_select(0, index.to(leaf.device)).to_sparse(layout=leaf.layout)
             return leaf.index_select(0, index.to(leaf.device))
-        if hasattr(leaf, "__array_interface__") and getattr(leaf, "shape", ())[:1] == (samples,):
+        if _is_array(leaf) and leaf.shape[:1] == (samples,):
             return leaf[index.numpy()]
         return leaf
 
@@ -152,6 +151,11 @@ def _padded(parts: Sequence[Mapping[str, Any]], pad: int) -> list[Mapping[str, A
     ]
 
 
+def _is_array(value: Any) -> bool:
+    """Whether something is a numpy array of at least one dimension."""
+    return hasattr(value, "__array_interface__") and bool(getattr(value, "shape", None))
+
+
 def _is_list_of_samples(value: Sequence[Any]) -> bool:
     """Whether a list holds one plain thing for each sample (names, numbers) rather than parts of a structure."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, (str, int, float)) for item in value)
@@ -170,7 +174,7 @@ def _mapping_like(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
 
 def _sequence_like(value: Sequence[Any], items: list[Any]) -> Any:
     if hasattr(value, "_fields"):
-        return type(value)(*items)  # type: ignore[call-arg]
+        return type(value)(*items)
     return type(value)(items)  # type: ignore[call-arg]
 
 

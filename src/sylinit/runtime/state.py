@@ -126,7 +126,7 @@ def _globals_used(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
 def _locked(lock: Any) -> bool:
     """Whether anybody holds a lock."""
     if isinstance(lock, threading.Semaphore):
-        return lock._value == 0  # type: ignore[attr-defined]
+        return lock._value == 0
     inner = getattr(lock, "_lock", lock)  # of a Condition
     if hasattr(inner, "locked"):
         return bool(inner.locked())

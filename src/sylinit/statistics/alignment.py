@@ -118,8 +118,9 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
         return vectors[sample]
     if len(spots) != len(sizes):
         return vectors.flatten(1, -2).nanmean(1)[sample]
-    nearest = [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
-    return vectors[(sample, *nearest)]
+    nearest = (place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True))
+    where = (sample, *nearest)
+    return vectors[where]
 
 
 def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | None:
