@@ -258,7 +258,7 @@ class _Pass:
                     self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
 
         def run(number: int) -> None:
-            with self.offload.lane(number) if self.offload else nullcontext():
+            with self.offload.worker(number) if self.offload else nullcontext():
                 call(self._context.data.batches[number])
 
         self._runner.run(run)

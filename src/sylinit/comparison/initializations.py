@@ -145,7 +145,7 @@ def equal_rates(model: nn.Module, layers: Sequence[nn.Linear | nn.Conv2d], x: Te
 
 
 def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int = CALIBRATION, **options: Any) -> None:
-    """`sylinit.initialize_` on up to `samples` of the training samples; `options` may be fields of `sylinit.Config`, too."""
+    """`sylinit.initialize_` on up to `samples` training samples; `options` may be fields of `sylinit.Config`, too."""
     pytorch(model, x, y, seed)
     constants = {name: options.pop(name) for name in [field.name for field in fields(Config)] if name in options}
     if "encoding_weight" in constants:  # of all layers

@@ -1,9 +1,9 @@
 """Models that `torch.distributed.fsdp.fully_shard` has cut over processes: whole during a pass, cut again after it.
 
-Every process gathers all parameters once, before the pass, and runs the model as if it had never been cut: batches do not
-meet in FSDP's own gathering, so that processes may have different numbers of batches. After the pass each process
-copies its part of every computed parameter into the shard that it holds, which involves no communication. The price
-is memory: every process holds all parameters while the pass lasts, on the device on which FSDP computes.
+Every process gathers all parameters once, before the pass, and runs the model as if it had never been cut: processes do
+not meet in FSDP's own gathering, so that they may have different numbers of batches. After the pass each process copies
+its part of every computed parameter into the shard that it holds, which involves no communication. The price is memory:
+every process holds all parameters while the pass lasts, on the device on which FSDP computes.
 """
 
 from __future__ import annotations
