@@ -16,9 +16,7 @@ settings.load_profile("sylinit")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def images(
-    count: int = 60, classes: int = 3, size: int = 8, seed: int = 0, channels: int = 2
-) -> tuple[Tensor, Tensor]:
+def images(count: int = 60, classes: int = 3, size: int = 8, seed: int = 0, channels: int = 2) -> tuple[Tensor, Tensor]:
     """Images with a class-dependent pattern in noise, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % classes

@@ -41,9 +41,7 @@ def patterns(seed: int) -> Data:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    )
+    return nn.Sequential(*(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
 
 
 def cnn(channels: int) -> nn.Module:
@@ -73,9 +71,7 @@ def test_accuracy_before_training(
     for seed in SEEDS:
         x, y = data(seed)
         model = make()
-        sylinit.initialize_(
-            model, [(x[:TRAIN], y[:TRAIN])], code=code, generator=torch.Generator().manual_seed(seed)
-        )
+        sylinit.initialize_(model, [(x[:TRAIN], y[:TRAIN])], code=code, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             found.append(float((model.eval()(x[TRAIN:]).argmax(1) == y[TRAIN:]).double().mean()))
     assert mean(found) == pytest.approx(expected, abs=0.01)

@@ -21,7 +21,7 @@ LEVELS = (
     ("comparison",),
     ("cli",),
 )
-"""Packages, and modules of the root, from the lowest on; "flow" is the rest of the root: what `initialize_` is made of."""
+"""Packages, and modules of the root, from the lowest on; "flow" is the rest of the root, from `initialize_` down."""
 
 
 @cache
