@@ -81,7 +81,7 @@ class Pass:
                     self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
 
         def run(number: int) -> None:
-            with self.offload.lane(number) if self.offload else nullcontext():
+            with self.offload.worker(number) if self.offload else nullcontext():
                 output = call(self._context.data.batches[number])
             self.outputs[number] = [tensor.detach() for tensor in output_tensors(output)]
 
