@@ -6,9 +6,10 @@
 
 Of each module of timm the model with the fewest parameters, and of Transformers every class for images, sequences,
 tokens and causal language models (with tied and with untied embeddings), built from a configuration cut down to a few
-layers of 32 features. 64 samples: images are a pattern of their class plus noise, at the smallest size that the model
-takes; nine words of ten in a sequence are of its class, which has three words, and tokens are labeled by their class; in
-texts for causal models each of twelve words determines the next. Each model runs in a process of its own, in one thread.
+layers of 32 features, or as small as it lets itself be cut. 64 samples: images are a pattern of their class plus noise,
+at the smallest size that the model takes; nine words of ten in a sequence are of its class, which has three words, and
+tokens are labeled by their class; in texts for causal models each of twelve words determines the next. Each model runs
+in a process of its own, in one thread.
 
 ``initialize_head_`` and ``initialize_`` each start from the same random weights. The accuracy is that of the model's
 own output before any training. ``readout`` is that of a ridge regression of the targets on what the computed head
@@ -161,24 +162,43 @@ KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
 }
 
-SMALL = {
+WIDTHS = {
     32: "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim hidden_dim d_embed "
     "projection_dim model_dim encoder_hidden_size decoder_hidden_size cross_attention_hidden_size q_lora_rank "
     "kv_lora_rank image_size rotary_dim lru_width moe_latent_size",
     64: "intermediate_size ffn_dim d_ff d_inner n_inner encoder_ffn_dim decoder_ffn_dim moe_intermediate_size "
     "shared_expert_intermediate_size ffn_hidden_size mlp_hidden_size max_window_layers expert_ffn_hidden_size "
     "feed_forward_hidden_size expert_dim hidden_dim_ffn block_ff_dim",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
-    "n_routed_experts num_local_experts moe_num_experts mamba_n_heads linear_num_value_heads linear_num_key_heads",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers num_key_value_heads num_experts_per_tok moe_topk moe_k n_group topk_group num_kv_heads "
-    "num_attention_groups top_k_experts encoder_n_layer",
-    8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim qk_head_dim attention_head_size d_head patch_size "
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads mamba_n_heads "
+    "linear_num_value_heads linear_num_key_heads num_key_value_heads num_kv_heads num_attention_groups",
+    8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_size d_head patch_size "
     "global_head_dim linear_key_head_dim linear_value_head_dim kv_channels mamba_head_dim",
     16: "state_size ssm_state_size mamba_d_state chunk_size",
+}
+"""Widths in configurations and what they are cut down to."""
+
+COUNTS = {
+    4: "num_experts n_routed_experts num_local_experts moe_num_experts",
+    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
+    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group topk_group top_k_experts encoder_n_layer",
+    64: "image_size",
     VOCABULARY: "vocab_size",
 }
-"""Sizes in configurations and what they are cut down to."""
+"""Numbers of layers, experts and words."""
+
+DEPTHS = ("depths", "layer_depths", "depth", "stage_num_blocks")
+"""Layers in each stage; at most two are kept."""
+
+GROUPED = {2: "num_key_value_heads num_kv_heads num_attention_groups"}
+"""Half as many heads for keys and values as for queries, which some models demand and others refuse."""
+
+REDUCTIONS = (
+    (WIDTHS, COUNTS),
+    (WIDTHS, COUNTS, GROUPED),
+    (COUNTS,),
+    (),
+)
+"""Ways to cut a configuration down; the first that gives a model that runs is taken."""
 
 
 def transformers_families() -> Iterator[str]:
@@ -193,48 +213,32 @@ def transformers_families() -> Iterator[str]:
                 yield f"transformers/{kind}/{model_type}"
 
 
-def cut_down(config: Any, changes: dict[str, Any]) -> Any:
+def cut_down(config: Any, reduction: tuple[dict[int, str], ...], changes: dict[str, Any]) -> Any:
     """A configuration of its class with small sizes, in the configurations inside it, too."""
-    given = {key: small for small, names in SMALL.items() for key in names.split()}
+    given = {key: small for table in reduction for small, names in table.items() for key in names.split()}
     values = {}
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            values[key] = cut_down(value, changes)
+            values[key] = cut_down(value, reduction, changes)
         elif key in given and isinstance(value, int) and not isinstance(value, bool) and value > given[key]:
             values[key] = given[key]
+        elif key in DEPTHS and isinstance(value, list) and reduction:
+            values[key] = [min(depth, 2) for depth in value]
+        elif key == "vocab_size" and value is None:
+            values[key] = VOCABULARY
         elif key in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
-            values[key] = (kinds * 2)[-2:]
-    parameters = inspect.signature(type(config).__init__).parameters
-    known = set(vars(config)) | set(parameters)
-    values.update({key: value for key, value in changes.items() if key in known or key in ALWAYS})
-    return type(config)(**values)
+            values[key] = (kinds * 2)[-2:] if reduction else value
+    return type(config)(**values, **changes)
 
 
-ALWAYS = (
-    "num_labels",
-    "pad_token_id",
-    "tie_word_embeddings",
-    "eos_token_id",
-    "bos_token_id",
-    "use_cache",
-    "decoder_start_token_id",
-)
-
-
-def small_config(kind: str, model_type: str) -> Any:
-    """The configuration of a model type, as small as it lets itself be cut."""
-    import transformers
-
-    config_class = transformers.CONFIG_MAPPING[model_type]
-    config = config_class()
+def changes_for(kind: str) -> dict[str, Any]:
+    """What a configuration is told whatever its sizes: labels, and tokens that do not occur in the data."""
     changes: dict[str, Any] = {"num_labels": CLASSES, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
-    changes["decoder_start_token_id"] = 0
-    changes["use_cache"] = False
+    changes |= {"decoder_start_token_id": 0, "use_cache": False}
     if kind.startswith("causal"):
-        changes["tie_word_embeddings"] = kind == "causal-tied"
-        changes["is_decoder"] = True
-    return cut_down(config, changes)
+        changes |= {"tie_word_embeddings": kind == "causal-tied", "is_decoder": True}
+    return changes
 
 
 def transformers_model(kind: str, model_type: str) -> Model:
@@ -244,30 +248,32 @@ def transformers_model(kind: str, model_type: str) -> Model:
 
     names = getattr(modeling_auto, KINDS[kind.partition("-")[0]])[model_type]
     name = names if isinstance(names, str) else names[0]
-    try:
-        model_class = getattr(transformers, name)
-        if getattr(model_class, "config_class", None) is None:
-            raise SkippedError("it has no configuration class")
-        config = small_config(kind, model_type)
-        if not isinstance(config, model_class.config_class):
+    failure = ""
+    for reduction in REDUCTIONS:
+        try:
+            model_class = getattr(transformers, name)
+            config = cut_down(transformers.CONFIG_MAPPING[model_type](), reduction, changes_for(kind))
             text = getattr(config, "text_config", None)
-            config = text if isinstance(text, model_class.config_class) else config
-        with torch.device("meta"):
-            size = sum(p.numel() for p in model_class(config).parameters())
-    except Exception as error:
-        raise SkippedError(f"it cannot be built small: {type(error).__name__}: {str(error)[:200]}") from error
-    if size > MOST_PARAMETERS:
-        raise SkippedError(f"its small configuration still has {size:,} parameters")
-    torch.manual_seed(0)
-    model = model_class(config).float().eval()
+            if not isinstance(config, model_class.config_class) and isinstance(text, model_class.config_class):
+                config = text
+            if (size := count_parameters(model_class, config)) > MOST_PARAMETERS:
+                failure = failure or f"its small configuration still has {size:,} parameters"
+                continue
+            torch.manual_seed(0)
+            model = model_class(config).float().eval()
+            return image_model(model, config) if kind == "image" else token_model(model, config, kind)
+        except Exception as error:  # of any kind: what a configuration refuses is not known beforehand
+            failure = failure or f"{type(error).__name__}: {str(error).strip()[:200]}"
+    raise SkippedError(f"it cannot be built small, or does not run by itself: {failure}")
+
+
+def count_parameters(model_class: Any, config: Any) -> int:
+    """Without filling them, where that can be done."""
     try:
-        if kind == "image":
-            return image_model(model, config)
-        return token_model(model, config, kind)
-    except SkippedError:
-        raise
-    except Exception as error:
-        raise SkippedError(f"it does not run on its own: {type(error).__name__}: {str(error)[:200]}") from error
+        with torch.device("meta"):
+            return sum(p.numel() for p in model_class(config).parameters())
+    except (TypeError, NotImplementedError, RuntimeError):  # some compute with numbers while they are built
+        return 0
 
 
 def image_model(model: nn.Module, config: Any) -> Model:
@@ -285,7 +291,7 @@ def image_model(model: nn.Module, config: Any) -> Model:
             continue
         if fits:
             batch = {"pixel_values": x, "labels": y}
-            return model, [batch], lambda model: logits_of(model(pixel_values=x)), y
+            return model, [batch], lambda model, x=x: logits_of(model(pixel_values=x)), y
     raise SkippedError(f"it runs at no image size: {failure}")
 
 

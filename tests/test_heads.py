@@ -89,3 +89,33 @@ def test_a_regression_without_a_bias_is_that_through_the_origin(dim):
         error = (model(x) - target).square().mean() / target.var()
     assert error < 0.02
     assert report.before.cross_validated.r2 > 0.9
+
+
+class LastWord(nn.Module):
+    """A classifier of sequences of several lengths: logits at each word, of which the last are the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 16)
+        self.head = nn.Linear(16, 3, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = self.head(self.embedding(input_ids))
+        last = (input_ids != 0).long().cumsum(1).argmax(1)
+        return logits[torch.arange(len(input_ids)), last]
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+def test_only_the_positions_that_reach_the_output_count(cuts):
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, WORDS, (60, 8), generator=source)
+    length = torch.randint(3, 9, (60,), generator=source)
+    ids[torch.arange(8) >= length[:, None]] = 0
+    labels = ids[torch.arange(60), length - 1] % 3  # the last word tells the class, the others nothing
+    torch.manual_seed(0)
+    model = LastWord()
+    batches = [{"input_ids": i, "labels": y} for i, y in zip(ids.chunk(cuts), labels.chunk(cuts), strict=True)]
+    report = sylinit.initialize_head_(model, batches)
+    assert report["head"].rows == 60
+    assert (model(ids).argmax(1) == labels).float().mean() > 0.95
+    assert report.before.cross_validated.accuracy > 0.9

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,18 +20,20 @@ from torch import nn
 from sylinit.codes import HEAD
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
-from sylinit.data.calibration import calibration_set
+from sylinit.data.calibration import CalibrationSet, calibration_set
 from sylinit.data.tasks import TASKS
 from sylinit.errors import ROOT, SylinitError
 from sylinit.layers.inputs import readable_inputs
 from sylinit.layers.registry import is_stock
+from sylinit.layers.view import LayerView
 from sylinit.plan.choice import choose
 from sylinit.plan.gain import judge
+from sylinit.plan.heads import module_name
 from sylinit.plan.inventory import Inventory, take_inventory
 from sylinit.plan.one_pass import Pass
-from sylinit.plan.plan import Wish, make_plan
+from sylinit.plan.plan import Plan, Wish, make_plan
 from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site
-from sylinit.plan.trace import SAMPLES, Trace, trace
+from sylinit.plan.trace import SAMPLES, Trace, picked_positions, trace
 from sylinit.report import Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
@@ -246,6 +249,7 @@ def _initialize(
                         wish = replace(wish, code=choice.recipe)
                         notes = (choice.note,)
                     plan = make_plan(model, inventory, seen, wish, data, config)
+                    context = replace(context, positions=_picked(plan, seen, data, transaction, processes, call))
                     run = Pass(plan, context, model, set(seen.seen), offload, progress)
                     run.through(call)
                 before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))
@@ -303,6 +307,28 @@ def _trial(
             return on(batch)
 
     return processes.agree(local)[0]
+
+
+def _picked(
+    plan: Plan,
+    seen: Trace,
+    data: CalibrationSet,
+    transaction: Transaction,
+    processes: Processes,
+    call: Callable[[Batch], Any],
+) -> dict[str, tuple[Tensor | None, ...]]:
+    """Of heads of which one position a sample reaches the output, which; the model runs once more for each of them."""
+
+    def positions(view: LayerView, batch: Batch) -> Tensor | None:
+        found = picked_positions(view.module, lambda: call(batch))
+        transaction.rewind()
+        return found if found is not None else batch.mask
+
+    def of_all_batches(view: LayerView) -> tuple[Tensor | None, ...]:
+        return tuple(positions(view, batch) for batch in data.batches)
+
+    picked = [view for view in plan.heads.goals if module_name(view) in seen.picked]
+    return {view.name: processes.together(partial(of_all_batches, view)) for view in picked}
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class Context:
         processes: the group.
         transaction: told of what is to stay.
         layouts: where samples were seen to lie, by the name of the view.
+        positions: of heads of which one position a sample reaches the model's output, by the name of the view and by
+            batch: bool ``[samples, length]``; None where that was not seen.
         promises: filled with what each head's solution promises, by the name of the view.
     """
 
@@ -53,6 +55,7 @@ class Context:
     processes: Processes
     transaction: Transaction
     layouts: dict[str, Layout]
+    positions: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
     promises: dict[str, Promise] = field(default_factory=dict)
 
 
@@ -188,7 +191,7 @@ class MatrixSite:
     def _known(self, context: Context) -> tuple[Known, Tensor | None]:
         """What is known of the samples, and which of a wide head's outputs are fitted (None: all)."""
         data, outputs = context.data, None
-        known = Known(masks=data.masks, sizes=data.sizes)
+        known = Known(masks=context.positions.get(self.name, data.masks), sizes=data.sizes)
         share = torch.ones(())
         if self.code.values is not None:
             vectors, mean = data.given(self.code.values)

@@ -84,6 +84,7 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
     weight, remainder = (torch.stack([getattr(each, part) for each in solved]) for part in ("weight", "remainder"))
     decoded = gram.to(weight) @ weight
     encoded = (right - remainder - decoded) / encoding_weight  # W Cov, without another product
+    weight, decoded, encoded, cross = equation.of_all_units(weight, decoded, encoded, cross)
     fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, Projected.name, config)
     if not fit.residual <= config.residual_tolerance:
         return Declined(f"solved exactly, for the projected solver stopped at a residual of {fit.residual:.0e}")
