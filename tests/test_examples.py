@@ -18,6 +18,8 @@ from torch import Tensor
 
 import sylinit
 
+pytestmark = pytest.mark.distributed
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
 
 RUNS = [("bare", 2), ("fsdp", 2), ("ddp", 4)]

@@ -31,6 +31,8 @@ from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import ProcessFailedError
 
+pytestmark = pytest.mark.distributed
+
 DEADLINE = 60
 """Seconds after which a process that waits for another gives up."""
 

@@ -18,6 +18,7 @@ from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, find_heads, module_name
 from sylinit.plan.inventory import Inventory
+from sylinit.plan.recipes import Recipe
 from sylinit.plan.selection import matches, require_match, selector
 from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import Trace
@@ -123,7 +124,11 @@ def make_plan(
             sites.append(MatrixSite(view, HEAD, "logits" if goal.task.has_logits else "values", goal, entry))
             continue
         held = few and _feeds_normalization(view)
-        code = _with_targets(code_of(view.name), view.name, heads.told)
+        code = code_of(view, entry)
+        if code is None:
+            left.append(LayerReport(view.name, view.kind, "left alone", "the recipe keeps it as it came"))
+            continue
+        code = _with_targets(code, view.name, heads.told)
         sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
     if not wish.heads_only:  # a quantized body is no hindrance to its head
         _refuse_quantized(left, modules, chosen)
@@ -300,15 +305,17 @@ def _feeds_normalization(view: LayerView) -> bool:
     return isinstance(view, ConvView) and not view.has_bias
 
 
-def _codes(code: Any, names: list[str]) -> Callable[[str], Code]:
-    """A function from a layer's name to its latent code."""
+def _codes(code: Any, names: list[str]) -> Callable[[LayerView, bool], Code | None]:
+    """A function from a layer, and whether it reads the data itself, to its latent code; None keeps the layer."""
+    if isinstance(code, Recipe):
+        return code.rule
     if not isinstance(code, Mapping):
         one = as_code(code)
-        return lambda name: one
+        return lambda view, entry: one
     for pattern in code:
         require_match(pattern, names, "code")
     table = [(pattern, as_code(value)) for pattern, value in code.items()]
-    return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
+    return lambda view, entry: next((value for pattern, value in table if matches(pattern, view.name)), CODES["mixed"])
 
 
 def _with_targets(code: Code, name: str, told: Goal | None) -> Code:
