@@ -11,7 +11,8 @@ at the smallest size that the model takes; nine words of ten in a sequence are o
 tokens are labeled by their class; in texts for causal models each of twelve words determines the next. Each model runs
 in a process of its own, in one thread.
 
-``initialize_head_`` and ``initialize_`` each start from the same random weights. The accuracy is that of the model's
+``initialize_head_`` and ``initialize_``, and where that ends short ``initialize_(code="auto")``, each start from the
+same random weights. The accuracy is that of the model's
 own output before any training. ``readout`` is that of a ridge regression of the targets on what the computed head
 reads, with hardly any penalty: where it is low, too, the features do not tell the classes apart.
 
@@ -33,6 +34,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,9 @@ SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 299, 384)
 
 MOST_PARAMETERS = 60_000_000
 """Larger models are skipped."""
+
+AUTO = "initialize_(code='auto')"
+"""Run where the default call ends short."""
 
 ENOUGH = 0.9
 """The accuracy that separable data should reach."""
@@ -108,11 +113,16 @@ def texts() -> Tensor:
 # ---- timm ----
 
 
+BESIDE = ("timm/mobilenetv3/fbnetv3_b", "timm/deit/deit_tiny_distilled_patch16_224")
+"""Models that are not the smallest of their module: of many head features, and with two heads that are averaged."""
+
+
 def timm_families() -> Iterator[str]:
     """Names of the modules that register models."""
     import timm
 
-    yield from sorted(f"timm/{module}" for module in timm.list_modules() if timm.list_models(module=module))
+    families = [f"timm/{module}" for module in timm.list_modules() if timm.list_models(module=module)]
+    yield from sorted((*families, *BESIDE))
 
 
 def smallest(module: str) -> str:
@@ -354,7 +364,15 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
             send({"skipped": str(error)})
             return
     send({"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())})
-    for call in (sylinit.initialize_head_, sylinit.initialize_):
+    calls: dict[str, Callable[..., Any]] = {
+        "initialize_head_": sylinit.initialize_head_,
+        "initialize_": sylinit.initialize_,
+        AUTO: partial(sylinit.initialize_, code="auto"),
+    }
+    last: dict[str, Any] = {}
+    for name_of_call, call in calls.items():
+        if name_of_call == AUTO and not (last.get("heads") and last["accuracy"] <= ENOUGH):
+            continue
         model, batches, logits, y = build(family, name)
         row: dict[str, Any] = {}
         with torch.no_grad():
@@ -380,7 +398,8 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
             row["accuracy"], row["loss"] = accuracy(given := logits(model), y), loss(given, y)
         if row.get("heads"):
             row["readout"] = readout(model, row["heads"][0], logits, y)
-        send({call.__name__: row})
+        send({name_of_call: row})
+        last = row
 
 
 def readout(model: nn.Module, head: str, logits: Callable[[nn.Module], Tensor], y: Tensor) -> float | None:
@@ -474,7 +493,7 @@ def run(only: list[str], again: list[str], timeout: float) -> None:
         if family in done:
             continue
         row: dict[str, Any] = {"family": family, "model": family.rpartition("/")[2]}
-        if family.startswith("timm/"):
+        if family.startswith("timm/") and family not in BESIDE:
             row |= in_child(choose, (family,), 600)
         started = time.perf_counter()
         row |= in_child(examine, (family, row["model"]), timeout)
@@ -506,14 +525,16 @@ def load() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-CALLS = ("initialize_head_", "initialize_")
+CALLS = ("initialize_head_", "initialize_", AUTO)
 
 
 def state(row: dict[str, Any], call: str) -> tuple[str, str]:
     """What came of a call, in one word, and why."""
+    result = row.get(call)
+    if result is None and call == AUTO:
+        return "", ""
     if "skipped" in row:
         return "skipped", row["skipped"]
-    result = row.get(call)
     if result is None:
         if "timeout" in row:
             return "timeout", f"not done after {row['timeout']:.0f} s"
@@ -542,7 +563,9 @@ def state(row: dict[str, Any], call: str) -> tuple[str, str]:
 
 def summary(row: dict[str, Any]) -> str:
     """Both calls on one line."""
-    return " | ".join(f"{call}: {': '.join(filter(None, state(row, call)))[:300]}" for call in CALLS)
+    return " | ".join(
+        f"{call}: {': '.join(filter(None, state(row, call)))[:300]}" for call in CALLS if call in row or call != AUTO
+    )
 
 
 def report() -> None:
@@ -551,15 +574,15 @@ def report() -> None:
     for library in sorted({row["family"].rpartition("/")[0] for row in rows}):
         these = [row for row in rows if row["family"].rpartition("/")[0] == library]
         for call in CALLS:
-            counts = Counter(state(row, call)[0] for row in these)
+            counts = Counter(word for row in these if (word := state(row, call)[0]))
             reached, short = counts["reached"], counts["short"]
             share = f"{reached} of {reached + short} whose head was reached are above {ENOUGH}"
             others = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()) if word != "reached")
-            print(f"{library}, {call}: {len(these)} families; {share}; {others}")
+            print(f"{library}, {call}: {counts.total()} families; {share}; {others}")
     for row in rows:
         for call in CALLS:
             word, why = state(row, call)
-            if word not in ("reached", "tied, kept") and not (word == "skipped" and call != CALLS[0]):
+            if word not in ("", "reached", "tied, kept") and not (word == "skipped" and call != CALLS[0]):
                 print(f"{row['family']} ({row['model']}), {call}: {word}: {why[:400]}")
 
 
