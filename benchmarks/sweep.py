@@ -22,6 +22,7 @@ Appends one JSON line a model to ``benchmarks/results/sweep.jsonl`` and goes on 
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import importlib
 import inspect
@@ -359,11 +360,11 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model, *_ = build(family, name)
+            built, batches, logits, y = build(family, name)
         except SkippedError as error:
             send({"skipped": str(error)})
             return
-    send({"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())})
+    send({"class": type(built).__name__, "parameters": sum(p.numel() for p in built.parameters())})
     calls: dict[str, Callable[..., Any]] = {
         "initialize_head_": sylinit.initialize_head_,
         "initialize_": sylinit.initialize_,
@@ -373,7 +374,7 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
     for name_of_call, call in calls.items():
         if name_of_call == AUTO and not (last.get("heads") and last["accuracy"] <= ENOUGH):
             continue
-        model, batches, logits, y = build(family, name)
+        model = copy.deepcopy(built)
         row: dict[str, Any] = {}
         with torch.no_grad():
             start = logits(model)
@@ -480,6 +481,8 @@ def run(only: list[str], again: list[str], timeout: float) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    for name in ("BertModel", "LlamaForCausalLM", "ViTModel"):  # what all models import, once for all processes
+        getattr(transformers, name)
     torch.set_num_threads(1)
     rows = [row for row in load() if not any(fnmatch.fnmatch(row["family"], pattern) for pattern in again)]
     done = {row["family"]: row for row in rows}
