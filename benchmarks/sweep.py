@@ -31,7 +31,6 @@ import multiprocessing
 import os
 import signal
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -393,7 +392,6 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
                 row["refused"] = str(error)
             except Exception as error:
                 row["crashed"] = f"{type(error).__name__}: {error}"
-                row["traceback"] = traceback.format_exc(limit=-6)
             else:
                 heads = [layer.name for layer in report.layers if layer.code == "head"]
                 row |= {"task": report.task, "heads": heads, "notes": list(report.notes)}
@@ -470,7 +468,7 @@ def _child(action: Callable[..., None], arguments: tuple[Any, ...], pipe: Any) -
     try:
         action(*arguments, pipe.send)
     except Exception as error:
-        pipe.send({"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-6)})
+        pipe.send({"failed": f"{type(error).__name__}: {error}"})
     pipe.close()
 
 
