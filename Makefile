@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-.PHONY: venv demo study test lint fmt clean
+.PHONY: venv demo study test lint fmt package clean
 
 venv: $(MARK)
 
@@ -28,10 +28,15 @@ lint: venv
 	$(BIN)/ruff check src studies tests benchmarks examples
 	$(BIN)/ruff format --check src studies tests benchmarks examples
 	$(BIN)/mypy
+	$(BIN)/mypy examples/*.py
 
 fmt: venv
 	$(BIN)/ruff check --fix src studies tests benchmarks examples
 	$(BIN)/ruff format src studies tests benchmarks examples
+
+# wheel and sdist, installed into an empty environment, run the quickstart there
+package: venv
+	$(BIN)/python tests/check_package.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,8 +1,8 @@
-"""The library's defaults and their neighbours, judged before and after training on held-back images of CIFAR-10.
+"""The library's defaults and their neighbors, judged before and after training on held-back images of CIFAR-10.
 
     python benchmarks/defaults.py DIRECTORY [--seeds 6] [--models cnn resnet20] [--shots 50] [--epochs E]
 
-The scale of logits, weight and offset of normalisation layers, length of the filters before them, lambda, the share of
+The scale of logits, weight and offset of normalization layers, length of the filters before them, lambda, the share of
 label units and how many samples are few. DIRECTORY holds CIFAR-10 as Parquet files (or is a hub id). 50 images a class,
 or on ResNet-20 100, 200 or 500; SGD in mixed precision, as many epochs as in the study; one run a setting and seed; no
 run sees the test set. Appends to ``benchmarks/results/defaults.jsonl``, goes on from there when run again, and prints
@@ -33,7 +33,7 @@ from sylinit.comparison.runner import run as run_experiment
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 
 HELD = {"few_samples": 10**9}
-"""Normalisations, and what feeds them, start as they do where samples are few, whatever their number."""
+"""Normalizations, and what feeds them, start as they do where samples are few, whatever their number."""
 
 FREE = {"few_samples": 0}
 """They never do."""

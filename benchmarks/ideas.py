@@ -78,7 +78,7 @@ def shared(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, units: bool) ->
 
         def function(axes: Axes, units: int) -> LinearCode:
             code = linear_code(base, layer, axes, units, torch.Generator().manual_seed(draw), Config())
-            return centre_taps(axes, code) if follows else code
+            return center_taps(axes, code) if follows else code
 
         return replace(base, function=function, leading=None if follows else base.leading)
 
@@ -86,7 +86,7 @@ def shared(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, units: bool) ->
     initialize_(model, [(x, y)], code=codes, generator=torch.Generator().manual_seed(seed))
 
 
-def centre_taps(axes: Axes, code: LinearCode) -> LinearCode:
+def center_taps(axes: Axes, code: LinearCode) -> LinearCode:
     """The code with its components replaced: unit u tells what channel u holds in the middle of the 3x3 patch."""
     taps = axes.basis[:, 4::9]
     deviation = (taps.square() * axes.variances.unsqueeze(1)).sum(2, keepdim=True).sqrt()

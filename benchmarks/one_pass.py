@@ -3,7 +3,7 @@
     python benchmarks/one_pass.py [--repeats 5] [--threads 2] [--device cpu] [--only resnet20 lsuv-resnet20 ...]
 
 Both sides alternate within one process, so that a noisy machine disturbs them alike; the ratio is the median of the
-ratios of neighbours. Before timing, every layer's residual is checked. A run that was stopped goes on where it was.
+ratios of neighbors. Before timing, every layer's residual is checked. A run that was stopped goes on where it was.
 Writes ``benchmarks/results/one_pass.json`` and a figure of the cost against depth, width and samples.
 """
 
@@ -39,7 +39,7 @@ SAMPLES = (250, 500, 1000, 2000)
 
 
 def images(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Smooth random images: neighbouring pixels agree, as in photographs."""
+    """Smooth random images: neighboring pixels agree, as in photographs."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(count, 3, size // 4, size // 4, generator=generator)
     fine = torch.randn(count, 3, size, size, generator=generator)
@@ -96,7 +96,7 @@ def _batches(x: Tensor, y: Tensor, size: int) -> Batches:
 
 
 def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
-    """Alternate forward passes and initialisations of one model."""
+    """Alternate forward passes and initializations of one model, on all of the samples."""
     model, batches = case()
     model, batches = model.to(device), [(x.to(device), y.to(device)) for x, y in batches]
 
@@ -106,7 +106,8 @@ def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Ca
         for x, _ in batches:
             model(x)
 
-    report = sylinit.initialize_(model, batches)
+    samples = sum(len(x) for x, _ in batches)
+    report = sylinit.initialize_(model, batches, samples=samples)
     for layer in report.initialized:
         if not (layer.residual or 0.0) <= RESIDUALS[layer.solver]:
             raise SystemExit(f"{layer.name} ({layer.solver}): a residual of {layer.residual:.1e}; not timed")
@@ -117,7 +118,7 @@ def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Ca
     while len(row["initialise"]) < repeats:
         plain = seconds(forward)
         found: list[sylinit.Report] = []
-        ours = seconds(lambda found=found: found.append(sylinit.initialize_(model, batches)))
+        ours = seconds(lambda found=found: found.append(sylinit.initialize_(model, batches, samples=samples)))
         row["forward"].append(plain)
         row["initialise"].append(ours)
         row["on_layers"].append(found[0].solve_seconds)

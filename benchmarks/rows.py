@@ -27,7 +27,7 @@ SHOTS = 50
 
 
 def one(data: Any, model: str, rows: str, seed: int, test: int) -> dict[str, Any]:
-    """Accuracy in percent of one network and what its initialisation took; every solve is checked."""
+    """Accuracy in percent of one network and what its initialization took; every solve is checked."""
     chosen = few_shot(data.train_y, SHOTS, seed)
     batch = (data.train_x[chosen], data.train_y[chosen])
     torch.manual_seed(seed)
@@ -35,7 +35,8 @@ def one(data: Any, model: str, rows: str, seed: int, test: int) -> dict[str, Any
     budget: Any = {"default": None, "all": "all"}.get(rows) if rows in ("default", "all") else int(rows)
     generator = torch.Generator().manual_seed(seed)
     found: list[sylinit.Report] = []
-    taken = seconds(lambda: found.append(sylinit.initialize_(network, [batch], rows=budget, generator=generator)))
+    config = sylinit.Config(rows=budget)
+    taken = seconds(lambda: found.append(sylinit.initialize_(network, [batch], config=config, generator=generator)))
     worst = max(layer.residual or 0.0 for layer in found[0].initialized)
     if not worst <= 1e-3:
         raise SystemExit(f"{model}, rows={rows}: a residual of {worst:.1e}")
@@ -52,12 +53,12 @@ def draw(rows: dict[str, dict[str, Any]], arms: list[str]) -> None:
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    for model, colour in zip(MODELS, ("#D55E00", "#0072B2"), strict=True):
+    for model, color in zip(MODELS, ("#D55E00", "#0072B2"), strict=True):
         found = [interval([run["accuracy"] for run in rows[f"{model}-{arm}"]["runs"]]) for arm in arms]
         low, high = ([getattr(each, side) for each in found] for side in ("low", "high"))
         means = [each.mean for each in found]
         errors = [[m - e for m, e in zip(means, low, strict=True)], [e - m for m, e in zip(means, high, strict=True)]]
-        axes.errorbar(range(len(arms)), means, errors, fmt="-o", color=colour, capsize=3, label=model)
+        axes.errorbar(range(len(arms)), means, errors, fmt="-o", color=color, capsize=3, label=model)
     axes.set(xlabel="rows read per layer", ylabel="accuracy before training (%)")
     axes.set_xticks(range(len(arms)), arms)
     axes.grid(alpha=0.3)

@@ -123,17 +123,19 @@ def against_scipy(case: str, repeats: int, scipy_repeats: int) -> dict[str, Any]
 
 
 def calibration(data: Any, seed: int) -> tuple[Tensor, Tensor]:
-    """The few labelled images of a seed."""
+    """The few labeled images of a seed."""
     chosen = few_shot(data.train_y, SHOTS, seed)
     return data.train_x[chosen], data.train_y[chosen]
 
 
-def initialised(data: Any, seed: int, solver: str) -> tuple[WideCNN, sylinit.Report]:
+def initialized(data: Any, seed: int, solver: str) -> tuple[WideCNN, sylinit.Report]:
     """A network from the few images of a seed."""
     torch.manual_seed(seed)
     model = WideCNN()
     generator = torch.Generator().manual_seed(seed)
-    return model, sylinit.initialize_(model, [calibration(data, seed)], generator=generator, solver=solver)
+    return model, sylinit.initialize_(
+        model, [calibration(data, seed)], generator=generator, config=Config(solver=solver)
+    )
 
 
 @torch.no_grad()
@@ -151,7 +153,7 @@ def system_of(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> Covariance:
 
 def projected(case: str, data: Any, repeats: int) -> dict[str, Any]:
     """Both solvers from a real layer's moments to its weight: axes, code, equation, and the check of the answer."""
-    model, _ = initialised(data, 0, "auto")
+    model, _ = initialized(data, 0, "auto")
     x, y = calibration(data, 0)
     cov = system_of(model, LAYERS[case], x, y)
     units = model.get_submodule(LAYERS[case]).out_channels
@@ -187,7 +189,7 @@ def accuracies(data: Any, seeds: int) -> dict[str, Any]:
     routes: dict[str, str] = {}
     for seed in range(seeds):
         for solver, values in found.items():
-            model, report = initialised(data, seed, solver)
+            model, report = initialized(data, seed, solver)
             values.append(100 * accuracy(model, x, y))
             if solver == "auto":
                 routes = {layer.name: layer.solver for layer in report.initialized}

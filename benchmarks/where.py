@@ -1,4 +1,4 @@
-"""Where the time of one initialisation goes, beside the fewest operations that each step needs.
+"""Where the time of one initialization goes, beside the fewest operations that each step needs.
 
     python benchmarks/where.py [--repeats 5] [--threads 2] [--case resnet18-224]
 
@@ -18,30 +18,30 @@ from statistics import median
 from typing import Any
 
 import torch
-from sylinit.data.targets import describe
 
 import sylinit
 from harness import Results, ceilings, seconds
-from one_pass import Batches, cases
+from one_pass import cases
 from sylinit import initialize as engine
+from sylinit.codes import CODES
 from sylinit.config import Config
-from sylinit.initialize import default_rows
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import hypotheses
-from sylinit.plan.plan import make_plan
+from sylinit.plan.sites import MatrixSite, NormalizationSite
 from sylinit.solvers import exact, projected
 from sylinit.solvers.projected import subspace_rank
-from sylinit.statistics.patch_moments import equal_cost_share
-from sylinit.statistics.rows import Gathered
+from sylinit.statistics.patch_moments import share_for_all
+from sylinit.statistics.rows import Rows
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "moments": (Gathered, "covariance"),
+    "trial run": (engine, "_trial"),
+    "moments": (Rows, "covariance"),
     "subspace": (projected, "principal_subspace"),
     "equation": (projected, "solve_projected"),
     "exact solver": (exact, "fit_exact"),
-    "writing and rank": (engine._Pass, "_write"),
-    "normalisations": (engine._Pass, "_statistics"),
-    "layers in all": (engine._Pass, "_settle"),
+    "writing": (MatrixSite, "_write"),
+    "normalizations": (NormalizationSite, "sums"),
+    "layers in all": (engine._Pass, "_compute"),
 }
 
 
@@ -68,25 +68,25 @@ def timed(spent: dict[str, float]) -> Iterator[None]:
             setattr(owner, name, saved[step])
 
 
-def operations(model: torch.nn.Module, batches: Batches, report: sylinit.Report) -> dict[str, float]:
+def operations(model: torch.nn.Module, report: sylinit.Report) -> dict[str, float]:
     """The fewest float32 operations of the projected layers, by step.
 
     Moments: half of ``2 n d^2`` for sampled rows; for all patches at stride 1, one product for each distinct offset.
     Subspace: two products with the covariance. Equation: a Cholesky factor, its two solves, and the residual.
     """
     count: dict[str, float] = defaultdict(float)
-    plan = make_plan(model, None, "mixed", "auto", describe([y for _, y in batches]), report.samples, None, 0)
-    codes = {door.name: door.code for door in plan.doors}
+    config = Config()
     for record in report.initialized:
-        code = codes[record.name]
-        if record.solver != "projected" or record.shape is None or code is None:
+        if record.solver != "projected":
             continue
         groups, units, dim = record.shape
         (view,) = hypotheses(model.get_submodule(record.name), record.name)[0]
+        sampled = record.rows == max(config.min_rows, config.rows_per_input * dim)
         share = 1.0
-        if isinstance(view, ConvView) and set(view.module.stride) == {1} and record.rows != default_rows(dim, Config()):
-            share = equal_cost_share(view)  # all patches are read, not a sample of them
-        components = code.with_label_share(Config(), normalized=False).leading_components(units)
+        if isinstance(view, ConvView) and set(view.module.stride) == {1} and not sampled:
+            share = share_for_all(view)  # all patches are read, not a sample of them
+        code = CODES[record.code].with_label_share(config, normalized=False)
+        components = code.leading_components(units)
         assert components is not None
         rank = subspace_rank(components)
         count["moments"] += groups * record.rows * dim**2 * share
@@ -107,7 +107,7 @@ def main() -> None:
     results, before = Results("where"), ceilings("cpu")
     model, batches = cases()[given.case]()
     report = sylinit.initialize_(model, batches)
-    needed = operations(model, batches, report)
+    needed = operations(model, report)
 
     @torch.no_grad()
     def forward() -> None:

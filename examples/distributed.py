@@ -1,4 +1,4 @@
-"""Initialise a model from data that is split over processes, then train it; every process holds the same weights.
+"""Initialize a model from data that is split over processes, then train it; every process holds the same weights.
 
     torchrun --nproc_per_node 2 examples/distributed.py                  # a bare model
     torchrun --nproc_per_node 2 examples/distributed.py --wrap ddp       # DistributedDataParallel
@@ -54,12 +54,12 @@ def share(x: Tensor, y: Tensor, batch: int) -> list[tuple[Tensor, Tensor]]:
 
 def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]], device: str) -> None:
     """As always."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for x, y in 5 * batches:
         loss = nn.functional.cross_entropy(model(x.to(device)), y.to(device))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ settings.load_profile("sylinit")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def images(count: int = 60, classes: int = 3, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images of two channels with a class-dependent pattern in noise, and their labels."""
+def images(count: int = 60, classes: int = 3, size: int = 8, seed: int = 0, channels: int = 2) -> tuple[Tensor, Tensor]:
+    """Images with a class-dependent pattern in noise, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % classes
-    patterns = torch.randn(classes, 2, size, size, generator=generator)
-    return patterns[y] + 0.7 * torch.randn(count, 2, size, size, generator=generator), y
+    patterns = torch.randn(classes, channels, size, size, generator=generator)
+    return patterns[y] + 0.7 * torch.randn(count, channels, size, size, generator=generator), y
 
 
 def vectors(count: int = 60, dim: int = 12, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,9 @@ class Residual(nn.Module):
         return (x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
 
 
-def small_resnet(classes: int = 3) -> nn.Sequential:
+def small_resnet(classes: int = 3, channels: int = 2) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1),
+        nn.Conv2d(channels, 6, 3, padding=1),
         nn.BatchNorm2d(6),
         nn.ReLU(),
         Residual(6),

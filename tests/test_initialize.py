@@ -360,7 +360,7 @@ def test_a_layer_tied_to_a_parameter_of_the_model_itself_is_left_alone():
 
     model = Table()
     before = model.table.clone()
-    report = sylinit.initialize_(model, [(torch.randint(0, 3, (40, 5)), torch.arange(40) % 3)])
+    report = sylinit.initialize_(model, [(torch.randint(0, 3, (40, 5)), torch.arange(40) % 3)], overwrite=True)
     assert report["fc"].reason == "its weight is tied to that of '(the model itself)'"
     assert torch.equal(model.table, before)
 
@@ -393,7 +393,7 @@ def test_a_head_that_is_tied_to_an_embedding_is_left_alone():
 
     tokens = torch.randint(0, 9, (30, 6))
     before = (model := Language()).embed.weight.clone()
-    report = sylinit.initialize_(model, [(tokens, tokens)])
+    report = sylinit.initialize_(model, [(tokens, tokens)], overwrite=True)
     assert {layer.name for layer in report.initialized} == {"inner"}
     assert "tied to that of 'embed'" in report["head"].reason
     assert torch.equal(before, model.embed.weight)

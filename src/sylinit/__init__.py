@@ -11,7 +11,9 @@ gradient step::
 Source: Das, Bhalgat and Porikli, *Data-driven Weight Initialization with Sylvester Solvers*, arXiv 2105.10335.
 """
 
-from sylinit import integrations
+import importlib
+from typing import Any
+
 from sylinit.codes import CODES, Code, LinearCode, mixed, register_code
 from sylinit.config import Config
 from sylinit.data.score import Before, Score
@@ -23,8 +25,7 @@ from sylinit.linalg.sylvester import Solution, solve_sylvester, sylvester_
 from sylinit.report import LayerReport, Report
 from sylinit.runtime.processes import ProcessFailedError
 from sylinit.saving import Saved, load, save
-
-__version__ = "0.2.0.dev0"
+from sylinit.version import __version__
 
 __all__ = [
     "CODES",
@@ -43,6 +44,8 @@ __all__ = [
     "SylinitError",
     "SylinitWarning",
     "UnsupportedLayerError",
+    "__version__",
+    "compare",
     "initialize_",
     "initialize_head_",
     "integrations",
@@ -54,3 +57,17 @@ __all__ = [
     "solve_sylvester",
     "sylvester_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`compare` and `integrations` are loaded when they are used, so that importing sylinit stays light."""
+    if name == "integrations":
+        return importlib.import_module("sylinit.integrations")
+    if name != "compare":
+        raise AttributeError(f"module 'sylinit' has no attribute {name!r}")
+    try:
+        return importlib.import_module("sylinit.comparison.api").compare
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"sylinit.compare needs more packages ({missing.name}): pip install 'sylinit[cli]'", name=missing.name
+        ) from missing

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,24 +20,25 @@ from torch import Tensor, nn
 from sylinit.codes import HEAD
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Reader, call_model, some_samples
-from sylinit.data.calibration import calibration_set
+from sylinit.data.calibration import CalibrationSet, calibration_set
 from sylinit.data.tasks import TASKS
 from sylinit.errors import ROOT, SylinitError
-from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.inputs import readable_inputs
 from sylinit.layers.registry import is_stock
+from sylinit.layers.view import LayerView
+from sylinit.plan.choice import choose
 from sylinit.plan.gain import judge
+from sylinit.plan.heads import module_name
 from sylinit.plan.inventory import Inventory, take_inventory
+from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan, Wish, make_plan
-from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site, check_entry
-from sylinit.plan.trace import SAMPLES, Trace, output_tensors, trace
-from sylinit.report import LayerReport, Report
+from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site
+from sylinit.plan.trace import SAMPLES, Trace, picked_positions, trace
+from sylinit.report import Report
 from sylinit.runtime.fsdp import Shards
 from sylinit.runtime.interrupts import held_interrupts
-from sylinit.runtime.offload import Offload
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
-from sylinit.runtime.workers import Interleaved, OnePass
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -99,7 +101,9 @@ def initialize_(
         samples: at most so many are read: of lists spread evenly over all, of loaders the first, also of endless ones.
         code: the latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a
             callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``,
-            or a mapping from name pattern to any of these. Without labels the default falls back to "pca".
+            or a mapping from name pattern to any of these. Without labels the default falls back to "pca". "auto" tries
+            the recipes of `sylinit.plan.recipes`, the model's own body among them, on held-out samples and keeps the
+            best; it takes some twenty times as long as one recipe on few samples.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Where no module is so called, ``"head"`` stands for the head
             alone, ``"last:2"`` for the last two layers that the data meets, and ``"new"`` for those that Transformers'
@@ -110,7 +114,8 @@ def initialize_(
             targets; None for none.
         train_size: how many samples the model will be trained on; None means ``len(loader.dataset)`` or, of a list, as
             many as it holds. Only networks with normalizations depend on it.
-        overwrite: whether a model whose normalizations have been trained is to be re-made; `initialize_head_` keeps it.
+        overwrite: whether a model whose normalizations have been trained is to be re-made, and the body of one whose
+            head is tied to its embedding; `initialize_head_` keeps the body in any case.
         config: the constants of the method; ``dataclasses.replace(sylinit.Config(), ...)`` changes some.
         generator: source of what is random (sampled rows, random codes); None means a fixed seed.
         group: a ``torch.distributed`` process group over which the data is split; all ranks end with equal weights.
@@ -220,8 +225,13 @@ def _initialize(
     reader = source.reader(model, wish, apart=bool(offload))
     shards = processes.together(lambda: Shards(model, processes.ranks))
     transaction = Transaction(model, generator)
-    run: _Pass | None = None
+    run: Pass | None = None
+    notes: tuple[str, ...] = ()
     succeeded = False
+
+    def call(batch: Batch) -> Any:
+        return _call(model, batch, source.forward)
+
     with processes.interrupted_together():
         try:
             with shards.gathered(transaction), torch.no_grad(), _as_written():
@@ -233,10 +243,15 @@ def _initialize(
                 torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
-                    plan = make_plan(model, inventory, seen, wish, data, config)
                     context = Context(data, config, processes, transaction, seen.layouts)
-                    run = _Pass(plan, context, model, set(seen.seen), offload, progress)
-                    run.through(lambda batch: _call(model, batch, source.forward))
+                    if wish.code == "auto":
+                        choice = choose(model, inventory, seen, wish, context, reader, call)
+                        wish = replace(wish, code=choice.recipe)
+                        notes = (choice.note,)
+                    plan = make_plan(model, inventory, seen, wish, data, config)
+                    context = replace(context, positions=_picked(plan, seen, data, transaction, processes, call))
+                    run = Pass(plan, context, model, set(seen.seen), offload, progress)
+                    run.through(call)
                 before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))
             succeeded = True
         except BaseException as error:
@@ -255,7 +270,7 @@ def _initialize(
         task=plan.heads.task.name,
         task_reason=plan.heads.task.reason,
         before=before,
-        notes=(*data.notes, *plan.notes, *doubts),
+        notes=(*notes, *data.notes, *plan.notes, *doubts),
         config=config,
         offloaded_peak=run.offload.peak if run.offload else 0,
         offloaded_total=run.offload.moved if run.offload else 0,
@@ -294,6 +309,28 @@ def _trial(
     return processes.agree(local)[0]
 
 
+def _picked(
+    plan: Plan,
+    seen: Trace,
+    data: CalibrationSet,
+    transaction: Transaction,
+    processes: Processes,
+    call: Callable[[Batch], Any],
+) -> dict[str, tuple[Tensor | None, ...]]:
+    """Of heads of which one position a sample reaches the output, which; the model runs once more for each of them."""
+
+    def positions(view: LayerView, batch: Batch) -> Tensor | None:
+        found = picked_positions(view.module, lambda: call(batch))
+        transaction.rewind()
+        return found if found is not None else batch.mask
+
+    def of_all_batches(view: LayerView) -> tuple[Tensor | None, ...]:
+        return tuple(positions(view, batch) for batch in data.batches)
+
+    picked = [view for view in plan.heads.goals if module_name(view) in seen.picked]
+    return {view.name: processes.together(partial(of_all_batches, view)) for view in picked}
+
+
 @contextmanager
 def _checked_inputs(inventory: Inventory) -> Iterator[None]:
     """Refuse, by the layer's name, what the forward of a layer of PyTorch's own would refuse."""
@@ -315,164 +352,6 @@ def _checked_inputs(inventory: Inventory) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _Pass:
-    """One run of the model over all batches; each layer is computed at its site."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        context: Context,
-        model: nn.Module,
-        seen: set[str],
-        offload: bool | str,
-        progress: Callable[[int, int, str], None] | None,
-    ) -> None:
-        self.records: list[LayerReport] = []
-        self.outputs: dict[int, list[Tensor]] = {}
-        self._plan = plan
-        self._context = context
-        self._seen = seen
-        self._progress = progress
-        self._done: set[int] = set()
-        self._entered: set[int] = set()
-        self._sums: dict[int, Tensor] = {}
-        self._changed = False
-        self._hooks: list[Any] = []
-        count = len(context.data.batches)
-        self.offload = _offload(offload, plan, count)
-        self._runner: OnePass | Interleaved
-        if count == 1:
-            self._runner = OnePass(self._compute, self._agree)
-        else:
-            waiting = self.offload.parking if self.offload else nullcontext
-            self._runner = Interleaved(count, self._compute, self._agree, model, waiting)
-
-    def through(self, call: Callable[[Batch], Any]) -> None:
-        """Hang a hook on every module with a site and run the model on every batch."""
-        sites: dict[nn.Module, list[int]] = {}
-        for number, site in enumerate(self._plan.sites):
-            sites.setdefault(site.module, []).append(number)
-        for module, numbers in sites.items():
-            self._hooks.append(module.register_forward_pre_hook(self._ahead(numbers), with_kwargs=True))
-            for number in numbers:
-                view = getattr(self._plan.sites[number], "view", None)
-                if isinstance(view, AttentionOutputView):
-                    behind = self._behind(number, view)  # before the user's hooks, which expect the real output
-                    self._hooks.append(module.register_forward_hook(behind, prepend=True, always_call=True))
-
-        def run(number: int) -> None:
-            with self.offload.lane(number) if self.offload else nullcontext():
-                output = call(self._context.data.batches[number])
-            self.outputs[number] = [tensor.detach() for tensor in output_tensors(output)]
-
-        self._runner.run(run)
-
-    def end(self) -> None:
-        """Leave no trace on the modules."""
-        for hook in self._hooks:
-            hook.remove()
-        if self.offload is not None:
-            self.offload.end()
-
-    def never_met(self) -> list[LayerReport]:
-        """Records of the sites that no batch came to."""
-        return [
-            site.left_alone("the data never reached it")
-            for number, site in enumerate(self._plan.sites)
-            if number not in self._done
-        ]
-
-    def _ahead(self, numbers: list[int]) -> Callable[..., None]:
-        def ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for number in numbers:
-                site = self._plan.sites[number]
-                if isinstance(site, MatrixSite):
-                    if number in self._done:  # by an earlier call of a shared module
-                        continue
-                    if site.behind:
-                        site.view.strip()  # type: ignore[attr-defined] # met behind the module: no wait in between
-                        continue
-                    self._verify(number, site, args, kwargs)
-                self._runner.meet(number, site.name, site.input(args, kwargs))
-
-        return ahead
-
-    def _behind(self, number: int, view: AttentionOutputView) -> Callable[..., Any]:
-        def behind(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if not view.dress() or output is None:  # computed before, or the forward has failed
-                return None
-            self._runner.meet(number, view.name, view.heads(output))
-            return view.project(output)
-
-        return behind
-
-    def _verify(self, number: int, site: MatrixSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at what a module computes that the trial run did not reach."""
-        if self._names(site) & self._seen:
-            return
-        if reason := site.misfit(args, kwargs):
-            self._done.add(number)
-            self.records.append(site.left_alone(reason))
-
-    def _names(self, site: MatrixSite) -> set[str]:
-        parts = site.name.split(".")
-        return {".".join(parts[:end]) for end in range(len(parts) + 1)}
-
-    def _agree(self, own: int | None) -> int | None:
-        """The first site, in the model's order, that any process has met."""
-        met = [site for site in self._context.processes.agree(lambda: own) if site is not None]
-        return min(met, default=None)
-
-    def _compute(self, number: int, waiting: dict[int, Any]) -> None:
-        """Compute what is at a site from everything that waits there."""
-        started = time.perf_counter()
-        site = self._plan.sites[number]
-        reading = self.offload.reading() if self.offload else nullcontext()
-        with reading, _undisturbed(site.device):
-            self._context.processes.together(lambda: self._check(site, waiting))
-            if isinstance(site, NormalizationSite):
-                record = self._normalize(number, site, waiting)
-            else:
-                record = site.compute(waiting, number, self._context)
-        self._changed |= record.action == "initialized"
-        torch.clear_autocast_cache()  # it may hold casts of the layer's former weights
-        record = replace(record, seconds=time.perf_counter() - started)
-        self.records = [each for each in self.records if each.name != site.name or number not in self._done]
-        self.records.append(record)
-        self._done.add(number)
-        if self._progress is not None:
-            self._progress(len(self._done), len(self._plan.sites), site.name)
-
-    def _check(self, site: Site, waiting: dict[int, Any]) -> None:
-        for batch, x in waiting.items():
-            if site.is_head or batch not in self._entered:
-                self._entered.add(batch)
-                check_entry(site, x)
-
-    def _normalize(self, number: int, site: NormalizationSite, waiting: dict[int, Any]) -> LayerReport:
-        """Give a normalization the statistics of all its calls so far, if its input may be new."""
-        if not (site.selected or self._changed or site.is_fresh):
-            return site.left_alone("its input did not change")
-        sums = site.sums(waiting, self._context)
-        self._sums[number] = self._sums[number] + sums if number in self._sums else sums
-        return site.write(self._sums[number], self._context)
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Compute as in a fresh process, whatever the model's forward has switched on around the layer.
-
-    What is random is drawn on the CPU, whatever the caller's default device: the weights do not depend on it.
-    """
-    dtype = torch.get_default_dtype()
-    with torch.no_grad(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
 
 
 def _call(model: nn.Module, batch: Batch, forward: Forward | None) -> Any:
@@ -497,14 +376,6 @@ def _as_written() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def _offload(asked: bool | str, plan: Plan, batches: int) -> Offload | None:
-    """What moves activations away, where there is something to move and somewhere else to put it."""
-    device = plan.sites[0].device
-    if not asked or batches == 1 or (asked is True and device.type == "cpu"):
-        return None
-    return Offload(device, "disk" if asked == "disk" else "cpu")
 
 
 def _check_arguments(

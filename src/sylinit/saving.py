@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from sylinit.errors import SylinitError, require
 from sylinit.report import Report, report_from_dict
+from sylinit.version import __version__
 
 FORMAT = "1"
 """Of what is beside the weights; a file of another format is refused."""
@@ -175,6 +176,4 @@ def _numbers(value: Any, name: str) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    from sylinit import __version__
-
     return {"sylinit": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

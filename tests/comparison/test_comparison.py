@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +17,22 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from comparing import TINY, record
 from conftest import images, vectors
 from sylinit import SylinitError
-from sylinit.comparison.figures import lines, save
+from sylinit.comparison.figures import before_and_after, learning_curves, lines, save, style
 from sylinit.comparison.initializations import INITIALIZATIONS, apply_initialization, equal_rates
 from sylinit.comparison.models import MODELS, build
 from sylinit.comparison.statistics import interval, paired
-from sylinit.comparison.training import Recipe, accuracy, area_under, augment, train
+from sylinit.comparison.summary import Row
+from sylinit.comparison.training import Recipe, accuracy, area_under, augment, prediction, train
+
+pytestmark = pytest.mark.comparison
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_map_images_to_logits(name: str) -> None:
-    shape = (3, 64, 64) if name == "resnet18" else (3, 16, 16)
+def test_models_map_samples_to_logits(name: str) -> None:
+    shape = {"resnet18": (3, 64, 64), "fcn": (3, 40), "fcn-small": (3, 40)}.get(name, (3, 16, 16))
     model = build(name, shape, 7).eval()
     assert model(torch.randn(2, *shape)).shape == (2, 7)
 
@@ -199,7 +206,7 @@ def test_augmentation_mirrors_and_shifts_whole_images() -> None:
     assert not torch.equal(shifted, x)
 
 
-numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+numbers = st.lists(st.floats(-100, 100), min_size=3, max_size=12)
 
 
 @given(numbers)
@@ -224,7 +231,8 @@ def test_paired_differences_ignore_what_the_pairs_share(values: list[float], gap
 def test_statistics_say_what_is_missing() -> None:
     assert math.isnan(interval([0.5]).half)
     assert interval([0.5]).percent() == "50.0"
-    assert interval([0.4, 0.6]).percent() == "50.0 ± 127.1"
+    assert interval([0.4, 0.6]).percent() == "50.0"  # two values would give ± 127.1
+    assert interval([0.4, 0.5, 0.6]).percent() == "50.0 ± 24.8"
     with pytest.raises(SylinitError, match="at least one"):
         interval([])
     with pytest.raises(SylinitError, match="as many values"):
@@ -240,6 +248,73 @@ def test_schedules_of_any_length(steps: int) -> None:
         assert 0 <= optimizer.param_groups[0]["lr"] <= 0.1
         optimizer.step()
         schedule.step()
+
+
+def test_an_initialization_has_one_color_everywhere() -> None:
+    alone, among = style(["he-normal", "sylinit"]), style(["lsuv", "LP-FT", "sylinit code=pca", "sylinit", "he-normal"])
+    for name in ("he-normal", "sylinit"):
+        assert alone[name] == among[name]
+    assert len({look["color"] for look in among.values()}) == len(among)
+    everything = style(list(INITIALIZATIONS))
+    assert len({look["color"] for look in everything.values()}) == len(everything)
+
+
+def test_axes_end_where_accuracies_do_and_intervals_begin_at_three_seeds() -> None:
+    def row(name: str, scores: list[float]) -> Row:
+        method = replace(TINY, initialization=name)
+        return Row(method, 0.1, tuple(record(replace(method, seed=seed), score) for seed, score in enumerate(scores)))
+
+    for scores, bars in (([0.99, 0.1], False), ([0.99, 0.9, 0.1], True)):
+        rows = [row("sylinit", scores), row("lsuv", [score / 2 for score in scores])]
+        for figure in (before_and_after(rows, "a title"), learning_curves(rows, "a title")):
+            axes = figure.axes[0]
+            low, high = axes.get_xlim() if "before" in axes.get_xlabel() else axes.get_ylim()
+            assert low >= 0
+            assert high <= 100
+        assert ("intervals" in before_and_after(rows, "a title").axes[0].get_xlabel()) == bars
+        segments = [s for c in before_and_after(rows, "t").axes[0].collections for s in c.get_segments()]
+        assert all(0 <= x <= 100 for segment in segments for x, _ in segment)
+
+
+def test_regression_is_measured_by_the_explained_variance() -> None:
+    x, _ = vectors(count=200)
+    y = x[:, :1] * 2 + 1
+    perfect = nn.Linear(12, 1)
+    with torch.no_grad():
+        perfect.weight.zero_()[0, 0] = 2
+        perfect.bias.fill_(1)
+    assert accuracy(perfect, x, y) == pytest.approx(1, abs=1e-5)
+    assert accuracy(nn.Linear(12, 1), x, y) < 0.9
+    outcome = train(nn.Linear(12, 1), x, y, x, y, Recipe(lr=0.03, epochs=20), classes=1, seed=0)
+    assert outcome.after > 0.95
+    assert train(nn.Linear(12, 1), x, y, x, y, Recipe(lr=1e30, epochs=4), classes=1, seed=0).after == 0.0
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda z: z,
+        lambda z: (z, z.sum()),
+        lambda z: [None, z],
+        lambda z: {"loss": z.sum(), "logits": z},
+        lambda z: {"other": z},
+        lambda z: Output(z),
+    ],
+)
+def test_predictions_are_found_in_any_output(wrap: Callable[[torch.Tensor], Any]) -> None:
+    logits = torch.randn(4, 3)
+    assert prediction(wrap(logits)) is logits
+
+
+@pytest.mark.parametrize("output", ["text", None, {"mask": torch.zeros(3, dtype=torch.long)}, ()])
+def test_outputs_without_predictions_are_refused(output: Any) -> None:
+    with pytest.raises(SylinitError, match="expected a tensor of predictions"):
+        prediction(output)
 
 
 def test_figures_are_written_twice_and_name_every_line(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from sylinit import SylinitError
 from sylinit.comparison.data import few_shot, held_back, load, split
 
+pytestmark = pytest.mark.comparison
+
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +88,7 @@ def test_tables_of_numbers(tmp_path: Path) -> None:
     import datasets
 
     (tmp_path / "d").mkdir()
-    table = {"a": [0.0, 1.0] * 10, "b": list(range(20)), "label": ["no", "yes"] * 10}
+    table = {"a": [0.0, 1.0] * 10, "b": [v * v for v in range(20)], "label": ["no", "yes"] * 10}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "d" / "train.parquet")
     data = load(str(tmp_path / "d"))
     assert data.shape == (2,)
@@ -118,8 +120,8 @@ def test_constant_features_become_zero(tmp_path: Path) -> None:
 BAD = {
     "no y": ({"x": np.zeros((4, 2))}, "'x' and 'y'"),
     "one class": ({"x": np.zeros((4, 2)), "y": np.zeros(4, int)}, "only one class"),
-    "real labels": ({"x": np.zeros((4, 2)), "y": np.zeros(4)}, "labels must be integers"),
-    "lengths": ({"x": np.zeros((4, 2)), "y": np.arange(5) % 2}, "4 samples and 5 labels"),
+    "real labels": ({"x": np.zeros((4, 2)), "y": np.zeros(4)}, "only one class"),
+    "lengths": ({"x": np.zeros((4, 2)), "y": np.arange(5) % 2}, "4 samples and 5 targets"),
     "dimensions": ({"x": np.zeros((4, 2, 2, 2, 2)), "y": np.arange(4) % 2}, "expected numbers of shape"),
     "nan": ({"x": np.full((4, 2), np.nan), "y": np.arange(4) % 2}, "NaN"),
     "half a test part": (

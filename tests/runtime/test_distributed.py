@@ -23,21 +23,29 @@ from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import ProcessFailedError
 
+pytestmark = pytest.mark.distributed
+
 DEADLINE = 120
 """Seconds after which a process that waits for another gives up."""
 
 Batches = list[tuple[Tensor, Tensor]]
 
 
-class Fails(nn.Module):
-    """Raises in one process."""
+CALLS: list[int] = []
+"""Of `Fails`, which may not note them itself: batches that run interleaved leave no state in a model."""
 
-    def __init__(self, rank: int, error: type[BaseException] = RuntimeError) -> None:
+
+class Fails(nn.Module):
+    """Raises in one process, after so many calls: a trial run makes two."""
+
+    def __init__(self, rank: int, error: type[BaseException] = RuntimeError, after: int = 0) -> None:
         super().__init__()
-        self.rank, self.error = rank, error
+        self.rank, self.error, self.after = rank, error, after
+        CALLS.clear()
 
     def forward(self, x: Tensor) -> Tensor:
-        if dist.get_rank() == self.rank:
+        CALLS.append(len(x))
+        if dist.get_rank() == self.rank and len(CALLS) > self.after:
             raise self.error("broken here")
         return x
 
@@ -86,14 +94,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], dict[str,
 }
 
 
-def run_case(name: str, rank: int, size: int, group: Any, *, uneven: bool = False, wrap: bool = False) -> Any:
+def run_case(
+    name: str, rank: int, size: int, group: Any, *, uneven: bool = False, wrap: bool = False, apart: bool = False
+) -> Any:
     make, (x, y), arguments = CASES[name]
     model = make()
     batches: Any = halves(x, y, rank, size, uneven=uneven)
     if name == "without labels":
         batches = [x for x, _ in batches]
     called = nn.parallel.DistributedDataParallel(model) if wrap else model
-    report = sylinit.initialize_(called, batches, group=group, **arguments)
+    report = sylinit.initialize_(called, batches, group=group, offload="disk" if apart else False, **arguments)
     return model.state_dict(), [(layer.name, layer.action, layer.rows, layer.solver) for layer in report.layers]
 
 
@@ -118,6 +128,9 @@ def run_failure(name: str, rank: int, size: int, group: Any, monkeypatch: pytest
         place = {"in the model": 3, "at the end of the model": len(model), "in the model of the first": 0}.get(name, 2)
         who = 0 if name == "in the model of the first" else last
         model.insert(place, Fails(who, KeyboardInterrupt if name == "interrupted" else RuntimeError))
+    elif name in ("in the pass", "in a pass of batches that stay apart"):
+        model.insert(3, Fails(last, after=2))
+        arguments["offload"] = "disk" if name.endswith("apart") else False
     elif name == "bad data" and rank == last:
         batches[-1][0][-1, -1, -1, -1] = math.nan
     elif name == "no data" and rank == last:
@@ -127,7 +140,7 @@ def run_failure(name: str, rank: int, size: int, group: Any, monkeypatch: pytest
     elif name == "other targets" and rank == last:
         batches = [(x, y.double()) for x, y in batches]
     elif name == "bad argument" and rank == last:
-        arguments["variance"] = -1.0
+        arguments["samples"] = -1
     elif name == "bad layer" and rank == last:
         arguments["layers"] = "nothing"
     elif name == "in a code":
@@ -167,6 +180,8 @@ FAILURES = {
     "in the model": "RuntimeError",
     "in the model of the first": "RuntimeError",
     "at the end of the model": "RuntimeError",
+    "in the pass": "RuntimeError",
+    "in a pass of batches that stay apart": "RuntimeError",
     "interrupted": "KeyboardInterrupt",
     "interrupted while others wait": "KeyboardInterrupt",
     "bad data": "SylinitError",
@@ -197,6 +212,7 @@ def work(rank: int, size: int, folder: str) -> None:
         for name in CASES:
             done[name] = run_case(name, rank, size, group)
         done["uneven"] = run_case("everything", rank, size, group, uneven=True)
+        done["apart"] = run_case("everything", rank, size, group, uneven=True, apart=True)
         done["wrapped"] = run_case("everything", rank, size, group, uneven=True, wrap=True)
         for name in FAILURES:
             with pytest.MonkeyPatch.context() as monkeypatch:
@@ -225,7 +241,7 @@ def equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(value.numpy().tobytes() == other[key].numpy().tobytes() for key, value in one.items())
 
 
-@pytest.mark.parametrize("name", [*CASES, "uneven", "wrapped", "afterwards"])
+@pytest.mark.parametrize("name", [*CASES, "uneven", "apart", "wrapped", "afterwards"])
 def test_every_process_ends_with_the_same_bits(results, name):
     state, layers = results[0][name]
     start = CASES.get(name, CASES["everything"])[0]().state_dict()
@@ -235,7 +251,7 @@ def test_every_process_ends_with_the_same_bits(results, name):
         assert records == layers
 
 
-@pytest.mark.parametrize("name", [*CASES, "uneven", "wrapped", "afterwards"])
+@pytest.mark.parametrize("name", [*CASES, "uneven", "apart", "wrapped", "afterwards"])
 def test_the_split_over_processes_does_not_matter(results, name):
     """To rounding, the result is that of one process with all of the data."""
     alone, layers = run_case(name if name in CASES else "everything", 0, 1, None)
@@ -245,7 +261,7 @@ def test_the_split_over_processes_does_not_matter(results, name):
         torch.testing.assert_close(state[key], value, rtol=1e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_the_routes_are_those_meant(results):
+def test_the_solvers_are_those_meant(results):
     assert {name: solver for name, _, _, solver in results[0]["few rows"][1]}["0"] == "row-space"
     assert {name: rows for name, _, rows, _ in results[0]["sampled"][1]}["0"] == 100
 

@@ -31,6 +31,8 @@ from sylinit.config import Config
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import ProcessFailedError
 
+pytestmark = pytest.mark.distributed
+
 DEADLINE = 60
 """Seconds after which a process that waits for another gives up."""
 
@@ -105,6 +107,7 @@ KINDS = [
     "used before",
     "tied",
     "tied, other forward",
+    "batches apart",
 ]
 
 
@@ -113,6 +116,8 @@ def compute(model: nn.Module, kind: str, rank: int, size: int, group: Any, **arg
     x, y = images()
     x, y = x.double().tensor_split(size)[rank], y.tensor_split(size)[rank]
     batches = list(zip(x.tensor_split(rank + 1), y.tensor_split(rank + 1), strict=True))
+    if kind == "batches apart":
+        arguments["offload"] = "disk"
     if kind == "tied, other forward":
         arguments["forward"] = lambda model, batch: model.other(batch[0])
     report = sylinit.initialize_(model, batches, group=group, config=Config(rows="all"), layers=trainable, **arguments)

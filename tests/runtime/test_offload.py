@@ -144,7 +144,7 @@ def test_the_device_holds_one_batchs_activations(monkeypatch):
     def counting(self, storages):
         nonlocal most
         need(self, storages)
-        here = {page.lane for page in self._pages.values() if page.here and page.storage() is not None}
+        here = {page.worker for page in self._pages.values() if page.here and page.storage() is not None}
         most = max(most, len(here))
 
     monkeypatch.setattr(Offload, "need", counting)

@@ -59,6 +59,17 @@ def test_a_wide_layer_is_projected_and_the_report_says_so(code):
     assert "projected" in str(report)
 
 
+def test_a_projected_layer_of_more_units_than_its_code_is_made_of():
+    units = 420  # 7/8 of them are components, of which a subspace of a tenth more is found
+    model = nn.Sequential(nn.Linear(DIM, units), nn.ReLU(), nn.Linear(units, CLASSES))
+    x, y = wide()
+    report = sylinit.initialize_(model, [(x, y)], config=replace(Config(), projected_gain=1e-3))
+    assert report["0"].solver == "projected"
+    assert report["0"].residual <= 1e-3
+    assert report["0"].shape == (1, units, DIM)
+    assert abs(float(model[0](x).var(0).median()) - 1) < 0.01
+
+
 @pytest.mark.parametrize("code", ["lda", "random_projection"])
 def test_codes_that_read_weak_axes_are_solved_exactly(code):
     assert sylinit.initialize_(network(), [wide()], code=code)["0"].solver == "exact"

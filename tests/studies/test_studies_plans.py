@@ -221,7 +221,7 @@ def test_a_sweep_of_sylinit_alone_says_how_far_each_place_is_below_the_best() ->
     (panel,) = panels(PRESETS["lambda"], Comparison(plan, tuple(records), {}))
     (fall,) = [grid for grid in panel.tables if "less each other" in grid.caption and "after" in grid.caption]
     assert fall.caption.startswith("encoding_weight 1 less each other")
-    assert fall.cells == (("sylinit", "+20.0 ± 127.1", "", "+10.0 ± 0.0"),)
+    assert fall.cells == (("sylinit", "+20.0", "", "+10.0"),)
     shots = tuple(record(replace(TINY, initialization="sylinit", shots=n, lr=0.1), 0.01 * n) for n in (5, 20))
     (panel,) = panels(PRESETS["fewshot"], Comparison(plan, shots, {}))
     assert not [grid for grid in panel.tables if "less each other" in grid.caption]  # these are tasks, not choices

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+from zlib import crc32
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,25 +19,44 @@ from sylinit.comparison.summary import Row, mean_curve, ranked
 
 OURS = ("#D55E00", "#E69F00", "#8C2D04", "#B8860B")
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000", "#9C9EDE")
-MARKERS = "osD^vP*Xh<>"
+MARKERS = "osD^vP*Xh"
+LOOKS = {
+    "sylinit": 0,
+    "pytorch": 0,
+    "he-normal": 1,
+    "xavier-normal": 2,
+    "orthogonal": 3,
+    "lsuv": 4,
+    "pca-whitening": 5,
+    "he-uniform": 6,
+    "xavier-uniform": 7,
+    "pca-whitening-rescaled": 8,
+}
+"""Place of each initialization among the colors and markers of its family."""
 
 
 def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Color and marker of each label: sylinit warm and thick, unless there is nothing else to tell it from."""
-    ours = [label for label in labels if label.startswith("sylinit")]
-    warm = ours if len(ours) < len(labels) else ours[:1]
-    cold = [label for label in labels if label not in warm]
+    """Color and marker of each label, the same in every figure: sylinit warm and thick, the others cold.
+
+    Labels that are no known initialization get what their name gives, or, where that is taken, the next that is free.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for index, label in enumerate(labels):
-        family, place = (OURS, warm.index(label)) if label in warm else (OTHERS, cold.index(label))
-        found[label] = {"color": family[place % len(family)], "marker": MARKERS[index % len(MARKERS)]}
-        if label in warm:
+    for label in sorted(labels, key=lambda each: each not in LOOKS):  # the known ones have theirs for certain
+        warm = label.startswith("sylinit")
+        family = OURS if warm else OTHERS
+        first = LOOKS[label] if label in LOOKS else crc32(label.encode())
+        marks = MARKERS[not warm :]
+        looks = [(family[(first + step) % len(family)], marks[(first + step) % len(marks)]) for step in range(99)]
+        taken = [look["color"] for look in found.values()]
+        color, marker = next((look for look in looks if look[0] not in taken), looks[0])
+        found[label] = {"color": color, "marker": marker}
+        if warm:
             found[label] |= {"linewidth": 2.5, "zorder": 3}
     return found
 
 
-def before_and_after(rows: Sequence[Row], title: str) -> Figure:
-    """One line a method: accuracy before (hollow) and after training (full), with 95 % intervals."""
+def before_and_after(rows: Sequence[Row], title: str, name: str = "accuracy") -> Figure:
+    """One line a method: `name` before (hollow) and after training (full), with 95 % intervals of three seeds on."""
     ordered = ranked(rows)[::-1]
     figure = Figure(figsize=(7.5, 1.6 + 0.38 * len(ordered)), layout="constrained")
     axes = figure.subplots()
@@ -46,25 +66,29 @@ def before_and_after(rows: Sequence[Row], title: str) -> Figure:
         before, after = row.interval("before"), row.interval("after")
         axes.plot([100 * before.mean, 100 * after.mean], [place, place], color=color, alpha=0.3, linewidth=2)
         for value, face in ((before, "white"), (after, color)):
+            mean = min(100.0, max(0.0, 100 * value.mean))
+            half = _half(value, 100)
+            bars = None if half is None else [[min(half, mean)], [min(half, 100 - mean)]]  # what can be
             axes.errorbar(
-                100 * value.mean, place, xerr=_half(value, 100), fmt="o", color=color, markerfacecolor=face, capsize=3
+                mean, place, xerr=bars, fmt="o", color=color, markerfacecolor=face, capsize=3, clip_on=False, zorder=3
             )
         axes.annotate(
-            f"{100 * after.mean:.1f}", (100 * (after.mean + (_half(after, 1) or 0)), place), xytext=(6, -3),
-            textcoords="offset points", color=color, fontsize=9,
+            f"{100 * after.mean:.1f}", (1, place), xytext=(8, -3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=color, fontsize=9, annotation_clip=False,
         )  # fmt: skip
     axes.set_yticks(range(len(ordered)), [row.label for row in ordered])
-    axes.set(title=title, ylim=(-0.7, len(ordered) - 0.3), xlim=(0, None))
-    axes.set_xlabel("accuracy (%): hollow before any training, full after\nbars are 95 % intervals over seeds")
-    axes.margins(x=0.12)
+    axes.set(title=title, ylim=(-0.7, len(ordered) - 0.3), xlim=(0, 100))
+    bars_there = any(_half(row.interval("after"), 1) is not None for row in rows)
+    explained = "\nbars are 95 % intervals over seeds" if bars_there else ""
+    axes.set_xlabel(f"{name} (%): hollow before any training, full after (the value at the right){explained}")
     _plain(axes, "x")
     return figure
 
 
-def learning_curves(rows: Sequence[Row], title: str) -> Figure:
-    """Accuracy over epochs, the mean of the seeds with a 95 % band."""
+def learning_curves(rows: Sequence[Row], title: str, name: str = "accuracy") -> Figure:
+    """Accuracy, or what `name` says, over epochs, the mean of the seeds with a 95 % band from three seeds on."""
     series = {row.label: mean_curve(row) for row in rows}
-    return lines(series, title, "epoch", "accuracy (%)")
+    return lines(series, title, "epoch", f"{name} (%)")
 
 
 def lines(
@@ -111,12 +135,16 @@ def lines(
         axes.minorticks_off()
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
     if log_y:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # all nine of a decade would overlap
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if scale == 100.0 and not log_y:
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(0.0, bottom), min(100.0, top))
     _plain(axes, "both")
     _name_ends(axes, ends, looks)
     return figure

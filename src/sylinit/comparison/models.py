@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sylinit import SylinitError
+from sylinit.comparison.data import Dataset
+from sylinit.comparison.training import prediction
 
 Factory = Callable[[tuple[int, ...], int], nn.Module]
 """``(shape of one sample, number of classes) -> model``."""
@@ -92,6 +95,20 @@ def resnet18(shape: tuple[int, ...], classes: int) -> nn.Module:
     return _residual([*stem, nn.MaxPool2d(3, 2, padding=1)], 64, [2, 2, 2, 2], classes)
 
 
+def fcn(shape: tuple[int, ...], classes: int, widths: Sequence[int] = (128, 256, 128)) -> nn.Module:
+    """A fully convolutional network for time series: three convolutions with BatchNorm, then the mean over time.
+
+    Source: Wang, Yan and Oates, *Time Series Classification from Scratch with Deep Neural Networks*, IJCNN 2017.
+    """
+    if len(shape) != 2:
+        raise SylinitError(f"model fcn: expected time series (channels, length), got samples of shape {shape}")
+    layers: list[nn.Module] = []
+    for inputs, width, size in zip((shape[0], *widths), widths, (8, 5, 3), strict=False):
+        padding = nn.ConstantPad1d(((size - 1) // 2, size // 2), 0.0)
+        layers += [padding, nn.Conv1d(inputs, width, size, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+
+
 class VisionTransformer(nn.Module):
     """A small pre-norm vision transformer that averages its tokens.
 
@@ -126,6 +143,8 @@ class VisionTransformer(nn.Module):
 MODELS: dict[str, Factory] = {
     "mlp": mlp,
     "cnn": cnn,
+    "fcn": fcn,
+    "fcn-small": functools.partial(fcn, widths=(32, 64, 32)),
     "resnet20": cifar_resnet(20),
     "resnet56": cifar_resnet(56),
     "resnet110": cifar_resnet(110),
@@ -148,24 +167,32 @@ def build(spec: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     """
     if spec in MODELS:
         return MODELS[spec](shape, classes)
-    if ":" not in spec:
+    module_name, separator, attribute = spec.partition(":")
+    if module_name.endswith(".py"):
+        named = ".".join(Path(module_name).with_suffix("").parts)
+        raise SylinitError(f"model {spec!r}: name a file by its module: {named}:{attribute or 'FACTORY'}")
+    if not separator:
         near = difflib.get_close_matches(spec, MODELS, n=1)
         raise SylinitError(
             f"model {spec!r}: expected {', '.join(MODELS)} or module:factory"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    module_name, _, attribute = spec.partition(":")
+    if not module_name.isidentifier() and not all(part.isidentifier() for part in module_name.split(".")):
+        raise SylinitError(f"model {spec!r}: {module_name!r} is no name of a module; expected module:factory")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise SylinitError(f"model {spec!r}: cannot import module {module_name!r} ({error})") from error
+        raise SylinitError(
+            f"model {spec!r}: cannot import module {module_name!r} ({type(error).__name__}: {error}); it is looked for "
+            f"in {os.getcwd()} and on the Python path"
+        ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise SylinitError(f"model {spec!r}: module {module_name!r} has no function or class {attribute!r}")
     try:
-        model = factory(shape, classes) if _takes_two(factory) else factory()
+        model = factory(shape, classes) if takes_two(factory) else factory()
     except Exception as error:
         raise SylinitError(
             f"model {spec!r}: calling {attribute} for samples of shape {shape} and {classes} classes failed "
@@ -174,6 +201,49 @@ def build(spec: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SylinitError(f"model {spec!r}: expected a torch.nn.Module from {attribute}, got {type(model).__name__}")
     return model
+
+
+def check_model(model: nn.Module, data: Dataset, spec: str) -> None:
+    """Run a model on two samples, so that what cannot work says so at once.
+
+    Args:
+        model: in any mode, which it keeps.
+        data: what it is to read and predict.
+        spec: what messages call the model.
+
+    Raises:
+        SylinitError: its forward fails, or its output is not ``[n, outputs]``.
+    """
+    training = model.training
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x = data.train_x[:2].to(device)
+    try:
+        with torch.no_grad():
+            output = model.eval()(x)
+    except Exception as error:
+        raise SylinitError(
+            f"model {spec!r}: its forward fails on samples of shape {data.shape} "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); make the model fit the data: "
+            "factory(shape, classes) is told the shape of a sample"
+        ) from error
+    finally:
+        model.train(training)
+    found = prediction(output)
+    if found.shape != (len(x), data.classes):
+        what = "values" if data.task == "regression" else "classes"
+        raise SylinitError(
+            f"model {spec!r}: expected an output of shape [samples, {data.classes} {what}], got {list(found.shape)} "
+            f"for {len(x)} samples"
+        )
+
+
+def construction(spec: str, shape: tuple[int, ...], classes: int) -> str:
+    """The Python that makes a model as `build` does: its import, and a line that assigns it to ``model``."""
+    if spec in MODELS:
+        return f"from sylinit.comparison.models import build\n\nmodel = build({spec!r}, {shape}, {classes})"
+    name, _, attribute = spec.partition(":")
+    arguments = f"{shape}, {classes}" if takes_two(getattr(importlib.import_module(name), attribute)) else ""
+    return f"from {name} import {attribute}\n\nmodel = {attribute}({arguments})"
 
 
 def fingerprint(spec: str) -> str:
@@ -189,10 +259,11 @@ def fingerprint(spec: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _takes_two(factory: Callable[..., object]) -> bool:
+def takes_two(factory: Callable[..., object]) -> bool:
+    """Whether a factory is called with the shape of a sample and the number of classes, or without arguments."""
     try:
         inspect.signature(factory).bind((), 0)
-    except TypeError:
+    except (TypeError, ValueError):  # built-in classes may have no signature
         return False
     return True
 

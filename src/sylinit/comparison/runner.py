@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 from sylinit import SylinitError
-from sylinit.comparison.data import load
 from sylinit.comparison.experiment import Experiment
 from sylinit.comparison.plan import Comparison, Plan, chosen_rates, missing, read
 from sylinit.comparison.pool import Each, cores, one_by_one, pool
-from sylinit.comparison.runs import run_train
+from sylinit.comparison.runs import data_of, run_train
 from sylinit.comparison.store import Store
 
 Progress = Callable[[int, int, str], None]
@@ -25,9 +24,9 @@ Report = Callable[[str], None]
 
 def load_data(experiments: Sequence[Experiment], report: Report) -> None:
     """Read the data sets once, here: the workers would otherwise all decode them at the same moment."""
-    for source in sorted({e.dataset for e in experiments}):
+    for source, experiment in {e.dataset: e for e in experiments}.items():
         report(f"loading {source}")
-        load(source)
+        data_of(experiment)
 
 
 @dataclass(frozen=True)

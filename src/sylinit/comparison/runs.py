@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,14 @@ class Subset:
     test_y: Tensor
 
 
+def data_of(experiment: Experiment) -> Dataset:
+    """The data that an experiment names, read as it says."""
+    label, task = experiment.get("column"), experiment.get("targets")
+    return load(experiment.dataset, label, task or "auto")
+
+
 def subset(data: Dataset, experiment: Experiment) -> Subset:
-    """The training subset of an experiment and what it is measured on."""
+    """The training subset of an experiment and what it is measured on; values in deviations of the training subset."""
     y = data.train_y
     if experiment.shots is not None:
         index = few_shot(y, experiment.shots, experiment.seed)
@@ -44,9 +51,13 @@ def subset(data: Dataset, experiment: Experiment) -> Subset:
     if experiment.shots is None:  # few_shot mixes the classes, the others keep the data's order
         index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(experiment.seed))]
     if experiment.split == "validation":
-        parts = data.train_x[index], y[index], data.train_x[held], y[held]
+        parts = [data.train_x[index], y[index], data.train_x[held], y[held]]
     else:
-        parts = data.train_x[index], y[index], data.test_x, data.test_y
+        parts = [data.train_x[index], y[index], data.test_x, data.test_y]
+    if y.is_floating_point():  # one grid of learning rates serves targets of any unit
+        mean, std = parts[1].mean(0), parts[1].std(0, correction=0)
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        parts[1], parts[3] = ((part - mean) / std for part in (parts[1], parts[3]))
     return Subset(*(part.to(device()) for part in parts))
 
 
@@ -59,20 +70,28 @@ def recipe(experiment: Experiment, shape: tuple[int, ...]) -> Recipe:
     """How an experiment trains. Color images are mirrored; digits and letters must not be."""
     fields = {f.name for f in dataclasses.fields(Recipe)}
     given = {key: value for key, value in experiment.setting if key in fields}
-    values = {
+    values: dict[str, Any] = {
         "flip": len(shape) == 3 and shape[0] == 3,
-        "points": 1 if experiment.split == "validation" else 5,
+        "points": 5,
         **given,
+        **({"points": 1} if experiment.split == "validation" else {}),  # nobody looks at its curve
     }
     return Recipe(lr=experiment.lr, optimizer=experiment.optimizer, epochs=experiment.epochs, **values)
 
 
 def run_train(experiment: Experiment, context: Context = nullcontext) -> dict[str, Any]:
     """Build, initialize, train, measure; `context` as in `training.train`."""
-    data = load(experiment.dataset)
+    data = data_of(experiment)
+    return run_on(data, lambda: build(experiment.model, data.shape, data.classes), experiment, context)
+
+
+def run_on(
+    data: Dataset, make_model: Callable[[], nn.Module], experiment: Experiment, context: Context = nullcontext
+) -> dict[str, Any]:
+    """As `run_train`, on data and with a model that are at hand."""
     part = subset(data, experiment)
     torch.manual_seed(experiment.seed)  # parameters that no initialization writes, such as position embeddings
-    model = build(experiment.model, data.shape, data.classes).to(device())
+    model = make_model().to(device())
     options = dict(experiment.options)
     seconds = apply_initialization(experiment.initialization, model, part.x, part.y, experiment.seed, options)
     return fit(model, part, experiment, data, init_seconds=seconds, context=context)

@@ -11,10 +11,13 @@ from scipy import stats
 
 from sylinit import SylinitError
 
+FEW = 3
+"""From so many values on an interval is shown: of two it is thirteen times as wide as their distance."""
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the half-width of its two-sided 95 % t interval (NaN for a single value) over `n` values."""
+    """A mean with the half-width of its two-sided 95 % t interval over `n` values; NaN where they are too few."""
 
     mean: float
     half: float
@@ -31,18 +34,18 @@ class Interval:
         return self.mean + self.half
 
     def percent(self, *, sign: bool = False) -> str:
-        """As percentage: ``44.9 ± 0.8``."""
+        """As percentage: ``44.9 ± 0.8``; without interval where the values are fewer than `FEW`."""
         shown = f"{100 * self.mean:{'+' if sign else ''}.1f}"
         return shown if math.isnan(self.half) else f"{shown} ± {100 * self.half:.1f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval: ``mean ± t(0.975, n - 1) * s / sqrt(n)``."""
+    """Mean and, of `FEW` values or more, 95 % interval: ``mean ± t(0.975, n - 1) * s / sqrt(n)``."""
     if not len(values):
         raise SylinitError("interval: expected at least one value, got none")
     array = np.asarray(values, dtype=float)
     n = len(array)
-    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n)) if n >= FEW else math.nan
     return Interval(float(array.mean()), half, n)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sylinit.comparison.experiment import Experiment
 from sylinit.comparison.plan import Comparison
-from sylinit.comparison.statistics import Interval, interval, paired
+from sylinit.comparison.statistics import FEW, Interval, interval, paired
 from sylinit.comparison.store import Record
 
 
@@ -87,6 +87,40 @@ def mean_curve(row: Row) -> list[tuple[float, Interval]]:
     return [(epoch, interval([curve[epoch] for curve in curves])) for epoch in epochs]
 
 
+def text_table(rows: Sequence[Row], title: str, name: str = "accuracy") -> str:
+    """A table for a terminal, best first: before, after and mean over training, learning rate, seconds.
+
+    Args:
+        rows: of a comparison.
+        title: of the table.
+        name: of what was measured.
+    """
+    head = ["initialization", "before", "after", "mean", "lr", "init s", "all s"]
+    cells = [head] + [
+        [
+            row.label,
+            row.interval("before").percent(),
+            row.interval("after").percent() + (f" ({row.diverged} diverged)" if row.diverged else ""),
+            row.interval("area").percent(),
+            f"{row.lr:g}" + (" *" if row.at_edge else ""),
+            f"{row.interval('init_seconds').mean:.2f}",
+            f"{row.interval('total_seconds').mean:.1f}",
+        ]
+        for row in ranked(rows)
+    ]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    lines = [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    seeds = max(len(row.records) for row in rows)
+    over = f" ± 95 % interval over {seeds} seeds" if seeds >= FEW else f", {seeds} seed{'s' * (seeds > 1)}"
+    foot = "mean: over training; lr: chosen on held-back data" + (
+        " (*: the first or last of the grid)" if any(row.at_edge for row in rows) else ""
+    )
+    return "\n".join([f"{title}: test {name} (%){over}", lines[0], "-" * len(lines[0]), *lines[1:], foot])
+
+
 def verdict(rows: Sequence[Row], metric: str = "after") -> str:
     """Which method is best, by how much over the next and how sure that is; differences are paired by seed."""
     best, *others = ranked(rows, metric)
@@ -113,7 +147,7 @@ def _lead(best: Row, runner_up: Row, metric: str) -> str:
     if lead is None:
         return f"The next, {runner_up.label}, was run on other seeds."
     size = f"It is {lead.percent()} points above the next, {runner_up.label}"
-    if lead.n < 2:
-        return f"{size}. One seed says nothing of chance; run more for an interval."
+    if lead.n < FEW:
+        return f"{size}. With fewer than {FEW} seeds there is no interval; run more."
     sure = "a clear winner" if lead.low > 0 else "not a clear winner, run more seeds"
     return f"{size} (paired over {lead.n} seeds, 95 % interval): {sure}."

@@ -6,15 +6,17 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from sylinit import SylinitError
+from sylinit import SylinitError, SylinitWarning
 
 PATIENCE = 2.0
 """Seconds after which a progress bar appears."""
@@ -74,6 +76,41 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C say what was kept and how to go on, and exit with 130.
+
+    Args:
+        kept: gives that text when it is needed.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"stopped: {escape(kept())}", highlight=False, soft_wrap=True)
+        raise SystemExit(130) from None
+
+
+def quiet() -> None:
+    """Ignore warnings of sylinit, in a process whose results say what they would."""
+    warnings.simplefilter("ignore", SylinitWarning)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings of sylinit as one line each, once; there is no line of the user's that they could point at."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SylinitWarning) and str(message) not in said:
+            said.add(str(message))
+            errors.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SylinitWarning)
+        warnings.showwarning = show
+        yield
+
+
 def duration(seconds: float) -> str:
     """``40 s``, ``12 min`` or ``3 h 20 min``."""
     if seconds < 90:
@@ -99,14 +136,15 @@ def run_app(app: Callable[[list[str]], object], arguments: Sequence[str] | None 
     given = [argument for argument in given if argument != "--debug"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
     try:
-        app(given)
+        with plain_warnings():
+            app(given)
     except SylinitError as error:
         if debug:
             raise
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        errors.print("stopped; results of runs that ended are kept, the same command goes on from there")
+        errors.print("stopped: nothing was written; the same command starts again")
         raise SystemExit(130) from None
     except Exception as error:
         if debug:

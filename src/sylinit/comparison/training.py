@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sylinit import SylinitError
+
+OUTPUTS = ("logits", "prediction", "predictions", "output", "out")
+"""What mappings and output objects call the predictions."""
 
 Context = Callable[[], AbstractContextManager[object]]
 """Makes what every forward pass runs under, such as ``lambda: torch.autocast("cpu", torch.bfloat16)``."""
@@ -70,11 +74,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training gave; accuracies are shares in [0, 1].
+    """What training gave. Accuracies are shares in [0, 1]; in a regression R² stands in their place.
 
     Attributes:
         before: accuracy before the first step.
-        after: accuracy at the end; chance (1 / classes) if training diverged.
+        after: accuracy at the end; chance (1 / classes, R² 0) if training diverged.
         curve: ``(epoch, accuracy)`` pairs on a fixed part of the evaluation data, the first before training.
         area: mean height of the curve (trapezoids) over the epochs.
         diverged: whether a loss or a logit became infinite or NaN.
@@ -107,17 +111,17 @@ def train(
     Args:
         model: with its initialization already written.
         x: training samples ``[n, ...]``, on the model's device.
-        y: int64 ``[n]``.
+        y: int64 ``[n]`` of classes, or float32 ``[n, classes]`` of values.
         test_x: evaluation samples, never trained on.
         test_y: their labels.
         recipe: how to train.
-        classes: number of classes.
+        classes: number of classes, or of values.
         seed: of the order of samples and of flips; equal for all initializations, so that they see equal batches.
         curve_size: number of evaluation samples that the learning curve is measured on.
         context: what the forward passes of steps and measurements run under; weights and loss stay as they are.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, chance = recipe.size(len(x)), 1 / classes
+    size, chance = recipe.size(len(x)), 0.0 if y.is_floating_point() else 1 / classes
     optimizer = recipe.make_optimizer([p for p in model.parameters() if p.requires_grad])
     schedule = recipe.make_schedule(optimizer, math.ceil(len(x) / size) * recipe.epochs)
     part = _fixed_part(len(test_x), curve_size)
@@ -131,8 +135,8 @@ def train(
         model.train()
         for index in batches(len(x), size, generator):
             with context():
-                logits = model(augment(x[index], recipe, generator))
-            loss = cross_entropy(logits, y[index])
+                output = prediction(model(augment(x[index], recipe, generator)))
+            loss = loss_of(output, y[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -153,33 +157,69 @@ def train(
     return Outcome(before, _or(after, chance), tuple(curve), area_under(curve), diverged, seconds)
 
 
+def prediction(output: Any) -> Tensor:
+    """The predictions in what a model returns: a tensor, or the one in a tuple, a mapping or an output object.
+
+    Raises:
+        SylinitError: there is no tensor of real numbers in it.
+    """
+    values = output
+    if isinstance(output, Mapping):
+        named = [output[key] for key in OUTPUTS if key in output]
+        values = named or list(output.values())
+    elif not isinstance(output, (Tensor, tuple, list)):
+        values = [value for key in OUTPUTS if (value := getattr(output, key, None)) is not None]
+    if isinstance(values, Tensor):
+        values = [values]
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            return value
+    raise SylinitError(
+        f"model: expected a tensor of predictions, or a tuple or mapping with one (such as {OUTPUTS[0]!r}), got "
+        f"{type(output).__name__}"
+    )
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy, in float32 at least."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
 
 
+def loss_of(output: Tensor, y: Tensor) -> Tensor:
+    """The mean cross-entropy of classes ``[n]``, the mean squared error of values ``[n, c]``."""
+    return F.mse_loss(output.float(), y) if y.is_floating_point() else cross_entropy(output, y)
+
+
 @torch.no_grad()
 def correct(model: nn.Module, x: Tensor, y: Tensor, context: Context = nullcontext) -> Tensor:
-    """For each sample 1 if its largest logit is its class's, else 0; NaN if a logit is not finite. ``[n]``."""
+    """What each sample contributes to the score: ``[n]``, whose mean is the accuracy, or R² of values.
+
+    Of classes 1 if the largest logit is the class's, else 0. Of values ``1 - (squared error) / (mean squared deviation
+    of all targets)``. NaN where an output is not finite.
+    """
     training = model.training
     model.eval()
+    variance = (y - y.mean(0)).square().sum(1).mean().clamp(min=1e-30) if y.is_floating_point() else None
     hits = []
-    for part, labels in zip(x.split(EVALUATE), y.split(EVALUATE), strict=True):
+    for part, wanted in zip(x.split(EVALUATE), y.split(EVALUATE), strict=True):
         with context():
-            logits = model(part)
-        right = (logits.argmax(1) == labels).float()
-        hits.append(right.masked_fill(~logits.isfinite().all(1), math.nan))
+            output = prediction(model(part))
+        if variance is None:
+            right = (output.argmax(1) == wanted).float()
+        else:
+            right = 1 - (output.float() - wanted).square().sum(1) / variance
+        hits.append(right.masked_fill(~output.isfinite().all(1), math.nan))
     model.train(training)
     return torch.cat(hits)
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, context: Context = nullcontext) -> float:
-    """Share of samples whose largest logit is their class's; NaN if a logit is not finite."""
+    """Share of samples whose largest logit is their class's, or R² of values; NaN if an output is not finite."""
     return share(correct(model, x, y, context))
 
 
 def share(hits: Tensor) -> float:
-    """Mean of zeros and ones, to the last digit."""
+    """Mean of what samples contribute, to the last digit."""
     return hits.sum(dtype=torch.float64).item() / len(hits)
 
 

@@ -148,6 +148,17 @@ class Reader:
                 )
         return Batch(raw, args, kwargs, targets, samples, self._mask(raw, samples))
 
+    def part(self, batch: Batch, index: Tensor) -> Batch:
+        """Some samples of a batch.
+
+        Args:
+            batch: as this reader has read it.
+            index: int64 ``[n]``, on the CPU.
+        """
+        part = self.parse(select(batch.raw, index, batch.samples))
+        targets = {name: target[index.to(target.device)] for name, target in batch.targets.items()}
+        return replace(part, targets={**targets, **part.targets})
+
     def _target(self, raw: Any, spec: Any, number: int) -> Any:
         """A target of a batch, wherever it lies; None for one that is given for all samples at once."""
         if isinstance(spec, Tensor):
@@ -271,7 +282,7 @@ class Reader:
         place = torch.arange(self.samples, dtype=torch.float64, device="cpu")
         index = (place * (total / self.samples)).long() if evenly else place.long()
         thinned, start = [], 0
-        for number, batch in enumerate(read):
+        for batch in read:
             mine = index[(index >= start) & (index < start + batch.samples)] - start
             start += batch.samples
             if not len(mine):
@@ -279,9 +290,7 @@ class Reader:
             if len(mine) == batch.samples:
                 thinned.append(batch)
                 continue
-            part = self.parse(select(batch.raw, mine, batch.samples), number)
-            targets = {name: target[mine.to(target.device)] for name, target in batch.targets.items()}
-            thinned.append(replace(part, targets={**targets, **part.targets}))
+            thinned.append(self.part(batch, mine))
         return thinned
 
     def _joined(self, read: list[Batch]) -> tuple[Batch, ...]:

@@ -71,7 +71,7 @@ def concatenate(parts: Sequence[Any], sizes: Sequence[int], *, strict: bool, pad
         return _sequence_like(first, items)
     if isinstance(first, Tensor):
         return _concatenated(parts, sizes, strict)
-    if hasattr(first, "__array_interface__") and getattr(first, "shape", None):
+    if _is_array(first):
         return _concatenated([torch.as_tensor(part, device="cpu") for part in parts], sizes, strict).numpy()
     if all(part is first for part in parts) or (isinstance(first, (int, float, str)) and len(set(parts)) == 1):
         return first
@@ -94,7 +94,7 @@ def select(value: Any, index: Tensor, samples: int) -> Any:
             if leaf.layout is not torch.strided:
                 return leaf.to_dense().index_select(0, index.to(leaf.device)).to_sparse(layout=leaf.layout)
             return leaf.index_select(0, index.to(leaf.device))
-        if hasattr(leaf, "__array_interface__") and getattr(leaf, "shape", ())[:1] == (samples,):
+        if _is_array(leaf) and leaf.shape[:1] == (samples,):
             return leaf[index.numpy()]
         return leaf
 
@@ -149,6 +149,11 @@ def _padded(parts: Sequence[Mapping[str, Any]], pad: int) -> list[Mapping[str, A
         _mapping_like(part, {name: lengthened(name, value, mask) for name, value in part.items()})
         for part, mask in zip(parts, masks, strict=True)
     ]
+
+
+def _is_array(value: Any) -> bool:
+    """Whether something is a numpy array of at least one dimension."""
+    return hasattr(value, "__array_interface__") and bool(getattr(value, "shape", None))
 
 
 def _is_list_of_samples(value: Sequence[Any]) -> bool:

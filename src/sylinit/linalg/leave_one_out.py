@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def leave_one_out(x: Tensor, t: Tensor, penalty: Tensor | float) -> Tensor:
+def leave_one_out(x: Tensor, t: Tensor, penalty: Tensor | float, *, intercept: bool = True) -> Tensor:
     """What ridge regression on all other rows predicts for each row.
 
     With the hat matrix ``H = X (X^T X + n penalty I)^-1 X^T + 1 / n`` of centered rows and an intercept, the prediction
@@ -17,6 +17,7 @@ def leave_one_out(x: Tensor, t: Tensor, penalty: Tensor | float) -> Tensor:
         x: rows ``[n, d]``.
         t: targets ``[n, c]``.
         penalty: added to each variance of ``x``; positive.
+        intercept: whether there is one; without, nothing is centered, and there is no 1 / n.
 
     Returns:
         Predictions ``[n, c]``, float64.
@@ -26,8 +27,8 @@ def leave_one_out(x: Tensor, t: Tensor, penalty: Tensor | float) -> Tensor:
     """
     x, t = x.double(), t.double()
     count, dim = x.shape
-    mean = t.mean(0)
-    x, t = x - x.mean(0), t - mean
+    mean = t.mean(0) * intercept
+    x, t = x - x.mean(0) * intercept, t - mean
     ridge = torch.as_tensor(penalty, dtype=torch.float64, device=x.device).clamp(min=torch.finfo(x.dtype).tiny) * count
     if dim <= count:
         gram = x.T @ x
@@ -39,5 +40,5 @@ def leave_one_out(x: Tensor, t: Tensor, penalty: Tensor | float) -> Tensor:
         gram.diagonal().add_(ridge + 1e-12 * gram.diagonal().mean())
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         leverage, fitted = 1 - ridge * inverse.diagonal(), t - ridge * (inverse @ t)
-    leverage = (leverage + 1 / count).clamp(max=1 - 1e-9).unsqueeze(1)
+    leverage = (leverage + intercept / count).clamp(max=1 - 1e-9).unsqueeze(1)
     return mean + (fitted - leverage * t) / (1 - leverage)

@@ -88,9 +88,8 @@ def find_heads(
         return _reconstruction(makers, head, task, data, trace)
     if head is None:
         return _told_only(views, makers, task, classes, data, trace)
-    notes: list[str] = []
     if not chosen and not facts.real:
-        makers, notes = _not_too_wide(makers, views, int(facts.largest) + 1, classes, trace)
+        makers = _not_too_wide(makers, views, int(facts.largest) + 1, classes, trace)
     goals, failure = {}, None
     for view in makers:
         try:
@@ -102,27 +101,28 @@ def find_heads(
     if goals and not chosen:
         goals = _of_one_width(goals, facts.largest if not facts.real else None, trace)
     if goals:
-        return replace(_heads(goals), notes=tuple(notes))
+        asked_for = chosen or facts.real or classes is not None
+        return replace(_heads(goals), notes=() if asked_for else _width_note(goals, int(facts.largest) + 1))
     return _none_found(views, makers, failure, facts, task, classes, data, trace)
 
 
 def _not_too_wide(
     makers: Sequence[LayerView], views: Sequence[LayerView], seen: int, classes: int | None, trace: Trace
-) -> tuple[list[LayerView], list[str]]:
-    """The layers that made the output, less those that are wider than the classes where an unreached layer fits them.
-
-    A layer may well have more outputs than the sample has classes. With many more, a note says so.
-    """
+) -> list[LayerView]:
+    """The layers that made the output, less those wider than the classes where an unreached layer fits them."""
     unreached = [view for view in views if module_name(view) not in trace.seen and view.units == (classes or seen)]
     wide = [view for view in makers if view.units > max(2, seen)]
-    if unreached and wide:
-        return [view for view in makers if view not in wide], []
-    many = [view for view in wide if view.units > 2 * seen and classes is None]
-    return list(makers), [
+    return [view for view in makers if not (unreached and view in wide)]
+
+
+def _width_note(goals: Mapping[LayerView, Goal], seen: int) -> tuple[str, ...]:
+    """A head with many more outputs than the sample has classes may be none; vocabularies always have more."""
+    return tuple(
         f"the labels are 0 to {seen - 1}, and {view.name!r}, which makes the output, has {view.units} outputs; if "
         "it is not the head, pass head=None or the head's name, and if it is, classes= says so"
-        for view in many[:1]
-    ]
+        for view, goal in goals.items()
+        if view.units > max(2, 2 * seen) and goal.task.name != "next-token"
+    )[:1]
 
 
 def _named(name: str, views: Sequence[LayerView]) -> LayerView:

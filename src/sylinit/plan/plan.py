@@ -18,6 +18,7 @@ from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, find_heads, module_name
 from sylinit.plan.inventory import Inventory
+from sylinit.plan.recipes import Recipe
 from sylinit.plan.selection import matches, require_match, selector
 from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import Trace
@@ -92,8 +93,19 @@ def make_plan(
     sites: list[Site] = []
     # A parameter that something left alone also uses is left alone too.
     owners = {_memory(p): layer.name for layer in left for p in _own(modules.get(layer.name))}
+    tied = _tied(heads, owners)
+    if tied and wish.heads_only:
+        raise SylinitError(f"no head to compute: {tied}; untie it, or give the model a head of its own")
+    kept = bool(tied) and wish.layers is None and not wish.overwrite
+    if kept:
+        notes.append(
+            f"nothing was computed: {tied}, and a body made anew would not fit it; layers= or overwrite=True does it"
+        )
+        warn(notes[-1])
     for view in views:
-        reason = _reason_to_leave(view, view in heads.goals, wish, chosen, trace)
+        reason = _reason_to_leave(view, view in heads.goals, wish, chosen)
+        if kept and view not in heads.goals:
+            reason = reason or "the head is tied to the embedding, which stays"
         if reason:
             left.append(LayerReport(view.name, view.kind, "left alone", reason))
             owners |= {_memory(parameter): view.name for parameter in view.parameters}
@@ -112,16 +124,20 @@ def make_plan(
             sites.append(MatrixSite(view, HEAD, "logits" if goal.task.has_logits else "values", goal, entry))
             continue
         held = few and _feeds_normalization(view)
-        code = _with_targets(code_of(view.name), view.name, heads.told)
+        code = code_of(view, entry)
+        if code is None:
+            left.append(LayerReport(view.name, view.kind, "left alone", "the recipe keeps it as it came"))
+            continue
+        code = _with_targets(code, view.name, heads.told)
         sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
     if not wish.heads_only:  # a quantized body is no hindrance to its head
         _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]
-    if not sites:
+    if not sites and not kept:
         reasons = "; ".join(f"{layer.name} ({layer.kind}): {layer.reason}" for layer in left[:5])
         raise SylinitError(f"the model has no layer to initialize{': ' + reasons if reasons else ''}")
     for name, module in inventory.norms.items():
-        selected = chosen(name, module) and not wish.heads_only
+        selected = chosen(name, module) and not wish.heads_only and not kept
         sites.append(NormalizationSite(name or ROOT, module, selected=selected, held=few and selected))
     order = {id(module): place for place, module in enumerate(modules.values())}
     sites.sort(key=lambda site: order[id(site.module)])
@@ -192,9 +208,16 @@ def _seen(inventory: Inventory, trace: Trace) -> tuple[list[LayerView], list[Lay
     return views, left
 
 
-def _reason_to_leave(
-    view: LayerView, is_head: bool, wish: Wish, chosen: Callable[[str, nn.Module], bool], trace: Trace
-) -> str:
+def _tied(heads: Heads, owners: Mapping[int, str]) -> str:
+    """That every head shares its weight with a part that is left alone, such as an embedding; empty if not."""
+    found = [(view, owners.get(_memory(view.parameters[0]))) for view in heads.goals]
+    if not found or any(owner is None for _, owner in found):
+        return ""
+    view, owner = found[0]
+    return f"the head {view.name!r} is tied to {owner!r}, which stays"
+
+
+def _reason_to_leave(view: LayerView, is_head: bool, wish: Wish, chosen: Callable[[str, nn.Module], bool]) -> str:
     """Why a layer is not computed; empty if it is.
 
     Raises:
@@ -282,15 +305,17 @@ def _feeds_normalization(view: LayerView) -> bool:
     return isinstance(view, ConvView) and not view.has_bias
 
 
-def _codes(code: Any, names: list[str]) -> Callable[[str], Code]:
-    """A function from a layer's name to its latent code."""
+def _codes(code: Any, names: list[str]) -> Callable[[LayerView, bool], Code | None]:
+    """A function from a layer, and whether it reads the data itself, to its latent code; None keeps the layer."""
+    if isinstance(code, Recipe):
+        return code.rule
     if not isinstance(code, Mapping):
         one = as_code(code)
-        return lambda name: one
+        return lambda view, entry: one
     for pattern in code:
         require_match(pattern, names, "code")
     table = [(pattern, as_code(value)) for pattern, value in code.items()]
-    return lambda name: next((value for pattern, value in table if matches(pattern, name)), CODES["mixed"])
+    return lambda view, entry: next((value for pattern, value in table if matches(pattern, view.name)), CODES["mixed"])
 
 
 def _with_targets(code: Code, name: str, told: Goal | None) -> Code:

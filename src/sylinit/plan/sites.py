@@ -45,6 +45,8 @@ class Context:
         processes: the group.
         transaction: told of what is to stay.
         layouts: where samples were seen to lie, by the name of the view.
+        positions: of heads of which one position a sample reaches the model's output, by the name of the view and by
+            batch: bool ``[samples, length]``; None where that was not seen.
         promises: filled with what each head's solution promises, by the name of the view.
     """
 
@@ -53,6 +55,7 @@ class Context:
     processes: Processes
     transaction: Transaction
     layouts: dict[str, Layout]
+    positions: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
     promises: dict[str, Promise] = field(default_factory=dict)
 
 
@@ -114,6 +117,11 @@ class MatrixSite:
         return self.role in ("logits", "values")
 
     @property
+    def intercept(self) -> bool:
+        """Whether its outputs can be centered: other layers than heads leave that to those behind them."""
+        return self.view.has_bias or not self.is_head
+
+    @property
     def device(self) -> torch.device:
         """Where the weight is."""
         return self.view.parameters[0].device
@@ -160,9 +168,10 @@ class MatrixSite:
             return self.left_alone(reason)
         code, note = self._code(rows)
         units = self.view.units if outputs is None else len(outputs)
-        scaled = standardized(rows, context.config) if self.entry else None
+        scaled = standardized(rows, context.config) if self.entry and self.intercept else None
         source = scaled or rows
-        fit = solve(source, Problem(self.name, code, units, seed + 1, self.role), context.config)
+        problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept)
+        fit = solve(source, problem, context.config)
         fit = context.processes.together(lambda: rescale(fit, self.role, context.config))
         promise = self._promise(source, fit, context) if self.is_head else None
         if scaled is not None:
@@ -182,7 +191,7 @@ class MatrixSite:
     def _known(self, context: Context) -> tuple[Known, Tensor | None]:
         """What is known of the samples, and which of a wide head's outputs are fitted (None: all)."""
         data, outputs = context.data, None
-        known = Known(masks=data.masks, sizes=data.sizes)
+        known = Known(masks=context.positions.get(self.name, data.masks), sizes=data.sizes)
         share = torch.ones(())
         if self.code.values is not None:
             vectors, mean = data.given(self.code.values)
@@ -221,9 +230,10 @@ class MatrixSite:
         value = fitted_score(self.goal, y, t).value
         if source.count != context.data.samples or self.goal.task.positions:
             return Promise(value)
-        left_out = leave_one_out(x[0], t, _ridge(x[0], t, self.goal, fit.encoding_weight))
+        penalty = _ridge(x[0], t, self.goal, fit.encoding_weight, intercept=self.intercept)
+        wanted = t - t.mean(0) if self.role == "logits" else t
+        left_out = leave_one_out(x[0], wanted, penalty, intercept=self.intercept)
         if self.role == "logits":
-            left_out = left_out - t.mean(0)
             left_out = left_out[:, 1:] - left_out[:, :1] if y.shape[1] < t.shape[1] else left_out
         return Promise(value, fitted_score(self.goal, left_out, t))
 
@@ -382,7 +392,7 @@ def check_entry(site: Site, x: Any) -> None:
     require_finite(site.name, x)
 
 
-def _ridge(x: Tensor, t: Tensor, goal: Goal, encoding_weight: float) -> Tensor:
+def _ridge(x: Tensor, t: Tensor, goal: Goal, encoding_weight: float, *, intercept: bool) -> Tensor:
     """The ridge penalty that a head's Sylvester equation stands for, as a variance.
 
     The code is the target, scaled to the variance v of the rows; a one-hot target of c classes spreads it over c - 1
@@ -390,7 +400,8 @@ def _ridge(x: Tensor, t: Tensor, goal: Goal, encoding_weight: float) -> Tensor:
     """
     classes = t.shape[1] if goal.task.classes else 0
     share = classes / (classes - 1) if classes > 1 else 1.0
-    return x.double().var(0, correction=0).mean() * share / max(encoding_weight, 1e-12)
+    size = x.double().var(0, correction=0) if intercept else x.double().square().mean(0)
+    return size.mean() * share / max(encoding_weight, 1e-12)
 
 
 def _row_budget(dim: int, needs: str, total: int, share_for_all: float | None, config: Config) -> int | None:

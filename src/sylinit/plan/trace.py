@@ -4,7 +4,8 @@ Nothing is read off a class or an order of registration that the run itself can 
 
 * whether a module's output is ``rows(x) @ weight.mT + bias`` is compared on the rows of its first call;
 * the layers that produced the model's output are found by following tensors through every operation;
-* where the samples lie in a layer's rows is seen by changing one sample and looking which rows change.
+* where the samples lie in a layer's rows is seen by changing one sample and looking which rows change;
+* whether the output is that of one position of a sequence is seen by looking for it among all.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Trace:
         shapes: by module, the shape of its first output.
         entries: modules that read the model's input before any layer has changed it.
         made: names of modules that the forward pass created.
+        picked: modules that give outputs at each position, of which the model's output is one for each sample.
     """
 
     seen: dict[str, int] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Trace:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
+    picked: set[str] = field(default_factory=set)
 
 
 def trace(
@@ -112,6 +115,12 @@ def trace(
     with watch.on():
         output = run(batch)
         found.outputs = [watch.described(tensor) for tensor in output_tensors(output)]
+        found.picked = {
+            name
+            for tensor, described in zip(output_tensors(output), found.outputs, strict=True)
+            for name in described.made_by
+            if picked(watch.given.get(name), tensor) is not None
+        }
     found.made = [name for name, module in model.named_modules() if known.get(name) is not module]
     rewind()
     if samples <= MARKED + 1:
@@ -131,6 +140,43 @@ def trace(
         if layout is not None:
             found.layouts[name] = layout
     return found
+
+
+def picked(given: Tensor | None, output: Tensor) -> Tensor | None:
+    """The positions whose outputs the model's output consists of.
+
+    Args:
+        given: what a module gave, ``[n, length, k]``.
+        output: the model's output, ``[n, k]``.
+
+    Returns:
+        Bool ``[n, length]``, true at one position of each sample, the last where several are equal; None where a
+        sample's output is at none, or where there is nothing to choose from.
+    """
+    if given is None or given.ndim != 3 or output.shape != (len(given), given.shape[2]) or given.shape[1] < 2:
+        return None
+    same = (given.to(output.dtype) == output.unsqueeze(1)).all(2)
+    if not bool(same.any(1).all()) or bool(same.all()):
+        return None
+    last = same.shape[1] - 1 - same.flip(1).long().argmax(1)
+    return torch.zeros_like(same).scatter(1, last.unsqueeze(1), True)
+
+
+def picked_positions(module: nn.Module, run: Callable[[], Any]) -> Tensor | None:
+    """The positions of a module's outputs that the model's output consists of, seen by running the model.
+
+    Args:
+        module: one of those in `Trace.picked`.
+        run: runs the model and returns its output.
+    """
+    given: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, output: given.append(output))
+    try:
+        output = run()
+    finally:
+        hook.remove()
+    found = (picked(given[-1], tensor) for tensor in output_tensors(output) if given)
+    return next((positions for positions in found if positions is not None), None)
 
 
 def _lead(view: LayerView, x: Any) -> tuple[int, ...]:
@@ -201,6 +247,7 @@ class _Watch(_Inputs):
 
     def __init__(self, candidates: Mapping[nn.Module, Candidate], found: Trace, inputs: dict[str, Any]) -> None:
         super().__init__(candidates, found, inputs)
+        self.given: dict[str, Tensor] = {}
         self._follow = _Follow()
 
     def _start(self) -> None:
@@ -237,6 +284,8 @@ class _Watch(_Inputs):
                         self.found.entries.add(candidate.name)
                     if number >= 0:
                         self.keep(candidate.hypotheses[number], args, kwargs, given)
+                if isinstance(output, Tensor):
+                    self.given[candidate.name] = output
                 if self.found.seen[candidate.name] >= 0:
                     for tensor in tensors(output):
                         self._follow.mark(tensor, candidate.name)

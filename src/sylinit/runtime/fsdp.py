@@ -1,7 +1,7 @@
 """Models that `torch.distributed.fsdp.fully_shard` has cut over processes: whole during a pass, cut again after it.
 
-Every process gathers all parameters once, before the pass, and runs the model as if it had never been cut: lanes do not
-meet in FSDP's own gathering, so that processes may have different numbers of batches. After the pass each process
+Every process gathers all parameters once, before the pass, and runs the model as if it had never been cut: batches do
+not meet in FSDP's own gathering, so that processes may have different numbers of batches. After the pass each process
 copies its part of every computed parameter into the shard that it holds, which involves no communication. The price
 is memory: every process holds all parameters while the pass lasts, on the device on which FSDP computes.
 """
@@ -73,6 +73,7 @@ class Shards:
             registry[key] = whole[id(shard)]  # tied parameters stay tied
         put_back = [_as_if_never_sharded(module) for module in self._modules]
         try:
+            transaction.begin()
             yield
             for _, _, shard in self._slots:
                 if transaction.keeps(whole[id(shard)]):

@@ -1,12 +1,12 @@
-"""Where the activations of waiting lanes go while they wait: off the device, so that one lane's worth stays on it.
+"""Where the activations of waiting workers go while they wait: off the device, so that one worker's worth stays on it.
 
-A waiting lane keeps activations alive in frames of the model's own code, out of reach: a residual branch, a skip
+A waiting worker keeps activations alive in frames of the model's own code, out of reach: a residual branch, a skip
 connection. So not tensors are moved but their storages, underneath every tensor that shares them: the bytes are
-copied away and the storage is shrunk to nothing; before the lane goes on it is grown and filled again, bit for bit.
+copied away and the storage is shrunk to nothing; before the worker goes on it is grown and filled again, bit for bit.
 
-Which storages those are is seen at the dispatcher: what an operation of a lane allocated, and is still alive. The
-parameters, the buffers and the data were allocated by no lane, and stay. If anything reads a storage that is away (the
-settling of a layer does, and a model that keeps an activation of one lane for the next may), it comes back first.
+Which storages those are is seen at the dispatcher: what an operation of a worker allocated, and is still alive. The
+parameters, the buffers and the data were allocated by no worker, and stay. If anything reads a storage that is away
+(computing a layer does, and a model that keeps an activation of one worker for the next may), it comes back first.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ SMALLEST = 1 << 16
 
 @dataclass(eq=False)
 class _Page:
-    """A storage that a lane allocated; it is away where ``copy`` holds its bytes and ``here`` is false."""
+    """A storage that a worker allocated; it is away where ``copy`` holds its bytes and ``here`` is false."""
 
     storage: weakref.ref[UntypedStorage]
-    lane: int
+    worker: int
     size: int
     copy: UntypedStorage | Path | None = None
     here: bool = True
 
 
 class Offload:
-    """Moves the activations of waiting lanes off the device and back.
+    """Moves the activations of waiting workers off the device and back.
 
     Args:
         device: of the model; only what is there is moved.
@@ -57,32 +57,32 @@ class Offload:
         self._device = device
         self._folder = tempfile.TemporaryDirectory(prefix="sylinit-") if to == "disk" else None
         self._pages: dict[int, _Page] = {}
-        self._lane: int | None = None
+        self._worker: int | None = None
         self._guests: set[int] = set()
         self._away = 0
 
     @contextmanager
-    def lane(self, number: int) -> Iterator[None]:
-        """Run a lane inside: what it allocates is its own."""
-        self._lane = number
+    def worker(self, number: int) -> Iterator[None]:
+        """Run a worker inside: what it allocates is its own."""
+        self._worker = number
         with _Watch(self):
             yield
 
     @contextmanager
-    def parking(self, lane: int) -> Iterator[None]:
-        """Wait inside: the lane's activations are away meanwhile. After a failure, `end` brings them back."""
+    def parking(self, worker: int) -> Iterator[None]:
+        """Wait inside: the worker's activations are away meanwhile. After a failure, `end` brings them back."""
         self._pages = {key: page for key, page in self._pages.items() if page.storage() is not None}
-        self._send(lane)
-        self._lane = None
+        self._send(worker)
+        self._worker = None
         yield
-        for page in self._of(lane):
+        for page in self._of(worker):
             self._fetch(page)
-        self._lane = lane
+        self._worker = worker
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Read activations of waiting lanes inside; those of one lane at a time are on the device."""
-        self._lane = None
+        """Read activations of waiting workers inside; those of one worker at a time are on the device."""
+        self._worker = None
         with _Watch(self):
             yield
         self._dismiss()
@@ -96,43 +96,43 @@ class Offload:
             self._folder.cleanup()
 
     def need(self, storages: Collection[UntypedStorage]) -> None:
-        """Bring back what one operation reads; it may read activations of several lanes at once."""
+        """Bring back what one operation reads; it may read activations of several workers at once."""
         pages = [page for page in map(self._page, storages) if page is not None and not page.here]
         if not pages:
             return
-        if self._lane is not None:  # lanes share them through the model: they stay from now on
+        if self._worker is not None:  # workers share them through the model: they stay from now on
             for page in pages:
                 self._fetch(page)
             self._pages = {key: page for key, page in self._pages.items() if page not in pages}
             return
-        self._dismiss(all_but={page.lane for page in map(self._page, storages) if page is not None})
+        self._dismiss(all_but={page.worker for page in map(self._page, storages) if page is not None})
         for page in pages:
-            self._guests.add(page.lane)
+            self._guests.add(page.worker)
             self._fetch(page, keep=True)
 
     def made(self, storage: UntypedStorage) -> None:
-        """Note that the running lane has allocated a storage."""
-        if self._lane is None or storage.device != self._device:
+        """Note that the running worker has allocated a storage."""
+        if self._worker is None or storage.device != self._device:
             return
         if storage.nbytes() >= SMALLEST and storage.resizable() and self._page(storage) is None:
-            self._pages[storage._cdata] = _Page(weakref.ref(storage), self._lane, storage.nbytes())
+            self._pages[storage._cdata] = _Page(weakref.ref(storage), self._worker, storage.nbytes())
 
     def _page(self, storage: UntypedStorage) -> _Page | None:
         page = self._pages.get(storage._cdata)
         return page if page is not None and page.storage() is storage else None
 
-    def _of(self, lane: int) -> list[_Page]:
-        return [page for page in self._pages.values() if page.lane == lane]
+    def _of(self, worker: int) -> list[_Page]:
+        return [page for page in self._pages.values() if page.worker == worker]
 
     def _dismiss(self, all_but: Collection[int] = ()) -> None:
         """Send the guests away again."""
-        for lane in self._guests.difference(all_but):
-            self._send(lane)
-            self._guests.remove(lane)
+        for worker in self._guests.difference(all_but):
+            self._send(worker)
+            self._guests.remove(worker)
 
     @_disable_current_modes()
-    def _send(self, lane: int) -> None:
-        for page in self._of(lane):
+    def _send(self, worker: int) -> None:
+        for page in self._of(worker):
             storage = page.storage()
             if storage is None or not page.here:
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +35,12 @@ class Transaction:
     def __init__(self, model: nn.Module, generator: torch.Generator | None) -> None:
         self._model = model
         self._modes = [(module, module.training) for module in model.modules()]
-        # A forward pass may replace, add or drop buffers and parts, not only write into them.
         plain = [module for module, _ in self._modes if not isinstance(module, torch.jit.ScriptModule)]
-        self._registered: list[tuple[Any, dict[str, Any]]] = [
-            (registry, dict(registry)) for module in plain for registry in _registries(module)
-        ]
         self._hooks = [(table, dict(table)) for module in plain for table in _hook_tables(module)]
-        self._attributes = [(module, _attributes(module)) for module in plain]
-        self._contents = [(value, _content(value)) for _, held in self._attributes for value in _containers(held)]
-        plainly_held = (v for _, held in self._attributes for v in held.values() if type(v) is Tensor)
+        self._parts = self._working_parts = _Parts(plain)
         self._numbers = [
             (tensor, _memory(tensor).detach().clone())
-            for tensor in (*_rewritable(model), *plainly_held)
+            for tensor in (*_rewritable(model), *self._parts.plainly_held())
             if not isinstance(tensor, UninitializedTensorMixin)
         ]
         self._generator = generator
@@ -63,10 +57,14 @@ class Transaction:
         """Whether a tensor's new values are results."""
         return id(tensor) in self._kept
 
+    def begin(self) -> None:
+        """Note the parts that the model works with, to which `rewind` goes back: sharded ones may have become whole."""
+        self._working_parts = _Parts([m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)])
+
     def rewind(self) -> None:
         """Undo what a trial run of the model has changed, and stay in the pass: modes and switches stay as they are."""
         with torch.no_grad(), held_interrupts():
-            self._restore_modules()
+            self._working_parts.restore()
             self._restore_numbers(set())
             _set_random_states(self._random)
 
@@ -76,28 +74,13 @@ class Transaction:
             kept = self._kept if succeeded else set()
             self._restore_hooks()
             self._restore_modes()
-            self._restore_modules()  # after it, for a module's own train() reads and sets flags of its own
+            self._parts.restore()  # after it, for a module's own train() reads and sets flags of its own
             self._restore_numbers(kept)
             if not succeeded and self._generator is not None and self._generator_state is not None:
                 self._generator.set_state(self._generator_state)
             _set_random_states(self._random)
             torch.clear_autocast_cache()  # casts of what the weights were meanwhile
         restore_flags(self._flags)
-
-    def _restore_modules(self) -> None:
-        for registry, entries in self._registered:
-            if registry.keys() != entries.keys() or any(registry[key] is not value for key, value in entries.items()):
-                registry.clear()
-                registry.update(entries)
-        for module, held in self._attributes:
-            now = vars(module)
-            for key in _attributes(module).keys() - held.keys():
-                del now[key]
-            for key, value in held.items():
-                if key not in now or now[key] is not value:
-                    now[key] = value
-        for container, content in self._contents:
-            _refill(container, content)
 
     def _restore_hooks(self) -> None:
         """Those of the pass take themselves off; an interrupt may have come in between."""
@@ -123,6 +106,41 @@ class Transaction:
             if id(tensor) not in kept:
                 with torch.inference_mode(tensor.is_inference()):
                     _memory(tensor).copy_(before)
+
+
+class _Parts:
+    """What modules hold: tensors and parts, which a forward pass may replace, add or drop, and plain attributes.
+
+    Args:
+        modules: whose.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._registered: list[tuple[Any, dict[str, Any]]] = [
+            (registry, dict(registry)) for module in modules for registry in _registries(module)
+        ]
+        self._attributes = [(module, _attributes(module)) for module in modules]
+        self._contents = [(value, _content(value)) for _, held in self._attributes for value in _containers(held)]
+
+    def plainly_held(self) -> Iterator[Tensor]:
+        """Tensors that are plain attributes."""
+        return (value for _, held in self._attributes for value in held.values() if type(value) is Tensor)
+
+    def restore(self) -> None:
+        """Put every one of them back where it was."""
+        for registry, entries in self._registered:
+            if registry.keys() != entries.keys() or any(registry[key] is not value for key, value in entries.items()):
+                registry.clear()
+                registry.update(entries)
+        for module, held in self._attributes:
+            now = vars(module)
+            for key in _attributes(module).keys() - held.keys():
+                del now[key]
+            for key, value in held.items():
+                if key not in now or now[key] is not value:
+                    now[key] = value
+        for container, content in self._contents:
+            _refill(container, content)
 
 
 def _rewritable(model: nn.Module) -> Iterator[Tensor]:

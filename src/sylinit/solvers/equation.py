@@ -40,7 +40,7 @@ class Equation:
 
     def of_all_units(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Matrices ``[g, k, ...]`` of the code's dimensions, for all units."""
-        return parts if self.units is None else tuple(self.units @ part for part in parts)
+        return parts if self.units is None else tuple(self.units.to(part) @ part for part in parts)
 
 
 def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -> Equation:

@@ -26,6 +26,8 @@ class Exact:
     def solve(self, problem: Problem, source: Source, config: Config) -> Fit:
         """From the second moments of all rows."""
         cov = source.covariance(torch.float64)
+        if not problem.intercept:
+            cov = cov.through_origin(targets=problem.role == "values")
         return source.together(lambda: fit_exact(cov, problem, config))
 
 

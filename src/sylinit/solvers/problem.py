@@ -31,6 +31,7 @@ class Problem:
         units: k, the units of each group.
         seed: of everything random.
         role: what its outputs are.
+        intercept: whether a bias can center them; a head without one is fitted through the origin.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Problem:
     units: int
     seed: int
     role: Role = "units"
+    intercept: bool = True
 
     @property
     def is_head(self) -> bool:

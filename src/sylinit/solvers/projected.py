@@ -34,6 +34,8 @@ class Projected:
     def solve(self, problem: Problem, source: Source, config: Config) -> Fit | Declined:
         """From second moments in float32."""
         cov = source.covariance(torch.float32)
+        if not problem.intercept:
+            cov = cov.through_origin(targets=problem.role == "values")
         return source.together(lambda: fit_projected(cov, problem, config))
 
 
@@ -82,6 +84,7 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
     weight, remainder = (torch.stack([getattr(each, part) for each in solved]) for part in ("weight", "remainder"))
     decoded = gram.to(weight) @ weight
     encoded = (right - remainder - decoded) / encoding_weight  # W Cov, without another product
+    weight, decoded, encoded, cross = equation.of_all_units(weight, decoded, encoded, cross)
     fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, Projected.name, config)
     if not fit.residual <= config.residual_tolerance:
         return Declined(f"solved exactly, for the projected solver stopped at a residual of {fit.residual:.0e}")

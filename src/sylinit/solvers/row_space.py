@@ -42,12 +42,16 @@ def fit_in_row_space(rows: Tensor, targets: Tensor, problem: Problem, config: Co
     """
     count = rows.shape[1]
     mean = rows.mean(1, keepdim=True, dtype=torch.float64)
+    if not problem.intercept:
+        mean = torch.zeros_like(mean)
     basis, coordinates = row_axes(rows - mean.to(rows), config.null_variance)
-    rank = max(1, count - 1)  # at most, for the mean is taken off
+    rank = max(1, count - problem.intercept)  # at most: the mean takes one
     basis, coordinates = basis[:, :, :rank], coordinates[:, :, :rank]
     variances = coordinates.square().sum(1) / count
     targets = targets.double()
     mean_t = targets.mean(-2, keepdim=True)
+    if problem.role == "values" and not problem.intercept:
+        mean_t = torch.zeros_like(mean_t)
     t = targets - mean_t
     cov = Covariance(
         dim=rows.shape[2],

@@ -8,7 +8,7 @@ or the machine. `Covariance` is what remains after centering.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -160,6 +160,20 @@ class Covariance:
     xt: Tensor
     tt: Tensor
     basis: Tensor | None = None
+
+    def through_origin(self, *, targets: bool) -> Covariance:
+        """The same moments about zero instead of about the mean of the rows, and if asked for that of the targets."""
+        mean_x, mean_t = self.mean_x, self.mean_t
+        xx = self.xx + (mean_x.unsqueeze(2) * mean_x.unsqueeze(1)).to(self.xx)
+        moved = replace(self, xx=xx, mean_x=torch.zeros_like(mean_x))
+        if not targets:
+            return moved
+        return replace(
+            moved,
+            mean_t=torch.zeros_like(mean_t),
+            xt=self.xt + mean_x.unsqueeze(2) * mean_t,
+            tt=self.tt + torch.outer(mean_t, mean_t),
+        )
 
     def from_coordinates(self, weight: Tensor) -> Tensor:
         """A weight ``[g, k, r]`` on the axes of `basis` as one on the rows themselves, ``[g, k, d]``."""

@@ -1,0 +1,56 @@
+"""Recipes: what happens to each kind of layer before the head. ``code="auto"`` chooses among them.
+
+A recipe is a rule from a layer to its latent code, or None where the layer keeps the weights that it came with. All of
+them compute the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from sylinit.codes import CODES, Code, mixed
+from sylinit.layers.convolution import ConvView
+from sylinit.layers.view import LayerView
+
+Rule = Callable[[LayerView, bool], Code | None]
+"""Told a layer and whether it reads the data itself, it gives the layer's code, or None to keep the layer."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A rule with a name and a sentence for the report."""
+
+    name: str
+    meaning: str
+    rule: Rule
+
+
+def _half(view: LayerView, entry: bool) -> Code | None:
+    return mixed(0.5) if not isinstance(view, ConvView) else CODES["mixed"]
+
+
+def _own_attention(view: LayerView, entry: bool) -> Code | None:
+    return None if isinstance(view.module, nn.MultiheadAttention) else _half(view, entry)
+
+
+OWN = Recipe("own", "the body keeps the weights that it came with", lambda view, entry: None)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        OWN,
+        Recipe("mixed", "principal components and label units in every layer", lambda view, entry: CODES["mixed"]),
+        Recipe("half", "half of the units of linear layers from labels", _half),
+        Recipe("pca", "principal components in every layer", lambda view, entry: CODES["pca"]),
+        Recipe(
+            "first",
+            "the layers that read the data, the others keep their weights",
+            lambda view, entry: CODES["mixed"] if entry else None,
+        ),
+        Recipe("own-attention", "as half, but attention keeps its weights", _own_attention),
+    )
+}
+"""By name, the model's own body first."""

@@ -1,0 +1,5 @@
+"""``python -m studies.suite``."""
+
+from studies.suite.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""Which layer is the head, which of its rows count, and heads that are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylinit
+
+WORDS = 12
+IDS = torch.randint(WORDS, (48, 8), generator=torch.Generator().manual_seed(0))
+
+
+class Language(nn.Module):
+    """Embedding, a layer at each token, and an output that may share the embedding's weight."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 16)
+        self.body = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.output = nn.Linear(16, WORDS, bias=False)
+        if tied:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.output(self.norm(self.body(self.embedding(input_ids)).tanh()))
+
+
+BATCHES = [{"input_ids": IDS, "labels": IDS}]
+
+
+def test_the_body_before_a_tied_head_stays_and_a_warning_says_so():
+    model = Language(tied=True)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.warns(sylinit.SylinitWarning, match="'output' is tied to 'embedding', which stays"):
+        report = sylinit.initialize_(model, BATCHES)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert report["body"].reason == "the head is tied to the embedding, which stays"
+    assert report.before.loss is not None
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"layers": "body"}])
+def test_the_body_before_a_tied_head_is_computed_if_asked(options):
+    model = Language(tied=True)
+    embedding = model.embedding.weight.clone()
+    report = sylinit.initialize_(model, BATCHES, **options)
+    assert report["body"].action == "initialized"
+    assert torch.equal(model.output.weight, embedding)
+
+
+def test_a_tied_head_alone_is_refused():
+    with pytest.raises(sylinit.SylinitError, match=r"no head to compute: the head 'output' is tied to 'embedding'"):
+        sylinit.initialize_head_(Language(tied=True), BATCHES)
+
+
+def test_a_vocabulary_of_which_few_words_occur_is_not_remarked_on():
+    report = sylinit.initialize_(Language(tied=False), [{"input_ids": IDS % 3, "labels": IDS % 3}])
+    assert report.task == "next-token"
+    assert not any("classes=" in note for note in report.notes)
+
+
+def offset_clusters(classes: int = 4, count: int = 80, dim: int = 12) -> tuple[Tensor, Tensor]:
+    """Clusters far from the origin, on one side of it."""
+    source = torch.Generator().manual_seed(0)
+    y = torch.arange(count) % classes
+    means = 6 + torch.randn(classes, dim, generator=source)
+    return means[y] + 0.3 * torch.randn(count, dim, generator=source), y
+
+
+@pytest.mark.parametrize("dim", [12, 100], ids=["fewer inputs than rows", "more"])
+def test_a_head_without_a_bias_is_fitted_through_the_origin(dim):
+    x, y = offset_clusters(dim=dim)
+    model = nn.Sequential(nn.Linear(dim, 4, bias=False))
+    report = sylinit.initialize_head_(model, [(x, y)])
+    assert (model(x).argmax(1) == y).float().mean() == 1
+    assert report.before.accuracy == 1
+    assert report.before.cross_validated.accuracy > 0.95
+
+
+@pytest.mark.parametrize("dim", [12, 100], ids=["fewer inputs than rows", "more"])
+def test_a_regression_without_a_bias_is_that_through_the_origin(dim):
+    x, _ = offset_clusters(dim=dim)
+    target = 3 + x[:, :1] - x[:, 1:2]
+    model = nn.Sequential(nn.Linear(dim, 1, bias=False))
+    report = sylinit.initialize_head_(model, [(x, target)])
+    with torch.no_grad():
+        error = (model(x) - target).square().mean() / target.var()
+    assert error < 0.02
+    assert report.before.cross_validated.r2 > 0.9
+
+
+class LastWord(nn.Module):
+    """A classifier of sequences of several lengths: logits at each word, of which the last are the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 16)
+        self.head = nn.Linear(16, 3, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = self.head(self.embedding(input_ids))
+        last = (input_ids != 0).long().cumsum(1).argmax(1)
+        return logits[torch.arange(len(input_ids)), last]
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+def test_only_the_positions_that_reach_the_output_count(cuts):
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, WORDS, (60, 8), generator=source)
+    length = torch.randint(3, 9, (60,), generator=source)
+    ids[torch.arange(8) >= length[:, None]] = 0
+    labels = ids[torch.arange(60), length - 1] % 3  # the last word tells the class, the others nothing
+    torch.manual_seed(0)
+    model = LastWord()
+    batches = [{"input_ids": i, "labels": y} for i, y in zip(ids.chunk(cuts), labels.chunk(cuts), strict=True)]
+    report = sylinit.initialize_head_(model, batches)
+    assert report["head"].rows == 60
+    assert (model(ids).argmax(1) == labels).float().mean() > 0.95
+    assert report.before.cross_validated.accuracy > 0.9
