@@ -3,8 +3,8 @@
     python benchmarks/heads.py [--seeds 3]
 
 Series are those that the package ``aeon`` ships, with their own split into training and test; tables are those of
-scikit-learn, of which a random half is the test. Rows are appended to ``benchmarks/results/heads.jsonl``, and a second call goes on
-from there. Nothing is tuned: every classifier runs as it comes.
+scikit-learn, of which a random half is the test. Rows are appended to ``benchmarks/results/heads.jsonl``, and a second
+call goes on from there. Nothing is tuned: every classifier runs as it comes.
 """
 
 from __future__ import annotations
