@@ -5,8 +5,8 @@ connection. So not tensors are moved but their storages, underneath every tensor
 copied away and the storage is shrunk to nothing; before the worker goes on it is grown and filled again, bit for bit.
 
 Which storages those are is seen at the dispatcher: what an operation of a worker allocated, and is still alive. The
-parameters, the buffers and the data were allocated by no worker, and stay. If anything reads a storage that is away (the
-settling of a layer does, and a model that keeps an activation of one worker for the next may), it comes back first.
+parameters, the buffers and the data were allocated by no worker, and stay. If anything reads a storage that is away
+(computing a layer does, and a model that keeps an activation of one worker for the next may), it comes back first.
 """
 
 from __future__ import annotations
