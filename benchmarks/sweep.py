@@ -167,10 +167,10 @@ def timm_model(name: str) -> Model:
 # ---- Transformers ----
 
 KINDS = {
-    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "sequence": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
 
 WIDTHS = {
@@ -199,6 +199,9 @@ COUNTS = {
 
 DEPTHS = ("depths", "layer_depths", "depth", "stage_num_blocks")
 """Layers in each stage; at most two are kept."""
+
+STAGE_WIDTHS = ("hidden_sizes", "embed_dims", "stage_in_channels", "stage_mid_channels", "stage_out_channels")
+"""Widths of stages, which are divided by four."""
 
 GROUPED = {2: "num_key_value_heads num_kv_heads num_attention_groups"}
 """Half as many heads for keys and values as for queries, which some models demand and others refuse."""
@@ -235,6 +238,8 @@ def cut_down(config: Any, reduction: tuple[dict[int, str], ...], changes: dict[s
             values[key] = given[key]
         elif key in DEPTHS and isinstance(value, list) and reduction:
             values[key] = [min(depth, 2) for depth in value]
+        elif key in STAGE_WIDTHS and isinstance(value, list) and WIDTHS in reduction:
+            values[key] = [width // 4 for width in value]
         elif key == "vocab_size" and value is None:
             values[key] = VOCABULARY
         elif key in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(value, list):
