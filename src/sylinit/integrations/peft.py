@@ -326,6 +326,9 @@ def _compute(
             read = processes.together(lambda: reader.read(source.batches))
             data = calibration_set(read, processes, seed, source.ignore_index)
             model.eval()
+            for site in sites.values():  # with B zero it adds nothing, and takes its time; the transaction undoes this
+                if site.module.active_adapters == [adapter] and not site.module.merged:
+                    site.module._disable_adapters = True
             told = _Told.of(data, model)
             run = _Run(model, data, told, source.forward, config)
             found = _Found(adapter, records=records, notes=data.notes, samples=data.samples, has_goal=told is not None)

@@ -333,6 +333,11 @@ class _Follow(TorchDispatchMode):
         """Of which modules' outputs a tensor was made."""
         return frozenset().union(*(self._made_by.get(storage._cdata, frozenset()) for storage in _storages(tensor)))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To keep its compiler out of here, PyTorch would import it, which takes seconds; nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._paused:

@@ -174,6 +174,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self._offload = offload
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To keep its compiler out of here, PyTorch would import it, which takes seconds; nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = _storages((args, kwargs))

@@ -198,8 +198,9 @@ class _Worker:
         self.ready = False
         if self._thread is None:
             run = (forward, context, by_thread)
-            self._thread = threading.Thread(target=self._run, args=run, name=f"sylinit-{self.part}", daemon=True)
-            self._thread.start()
+            with held_interrupts():  # a thread that was made but not started cannot be waited for
+                self._thread = threading.Thread(target=self._run, args=run, name=f"sylinit-{self.part}", daemon=True)
+                self._thread.start()
         else:
             self._go.put(True)
         error = self._arrival()

