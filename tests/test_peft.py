@@ -132,7 +132,9 @@ def test_wide_layers_are_solved_by_the_projected_solver_whose_subspace_is_the_ex
     x = torch.randn(3000, 512) * scales + 3
     base = nn.Sequential(nn.Linear(512, 4), nn.ReLU(), nn.Linear(4, 3))
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=["0"]))
-    report = initialize_adapters_(model, list(x.split(500)), code="pca", config=sylinit.Config(rows="all"))
+    report = initialize_adapters_(
+        model, list(x.split(500)), code="pca", samples=3000, config=sylinit.Config(rows="all")
+    )
     assert report["base_model.model.0"].solver == "projected"
     axes = torch.linalg.svd((x - x.mean(0)).double(), full_matrices=False)[2]
     assert angle(model.base_model.model[0].lora_A["default"].weight.detach(), axes[:8]) < 1e-3

@@ -60,7 +60,7 @@ EMBEDDED = 64
 """Of the next token's embedding, so many principal components are the target."""
 
 SUBSPACE_STEPS = 64
-"""Of the iteration for an adapter's few components, beyond which the variances may hardly fall: it takes milliseconds."""
+"""Of the iteration for an adapter's few components, beyond which variances may hardly fall; they take milliseconds."""
 
 SHIFT_ROWS = 256
 """So many rows tell about where the mean of all is."""
