@@ -126,6 +126,20 @@ def test_pca_spans_the_principal_subspace_of_the_unpadded_inputs():
     assert angle(layer.lora_A["default"].weight.detach(), axes[:4]) < 1e-5
 
 
+def test_wide_layers_are_solved_by_the_projected_solver_whose_subspace_is_the_exact_one():
+    torch.manual_seed(0)
+    scales = 0.97 ** torch.arange(512)
+    x = torch.randn(3000, 512) * scales + 3
+    base = nn.Sequential(nn.Linear(512, 4), nn.ReLU(), nn.Linear(4, 3))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=["0"]))
+    report = initialize_adapters_(
+        model, list(x.split(500)), code="pca", samples=3000, config=sylinit.Config(rows="all")
+    )
+    assert report["base_model.model.0"].solver == "projected"
+    axes = torch.linalg.svd((x - x.mean(0)).double(), full_matrices=False)[2]
+    assert angle(model.base_model.model[0].lora_A["default"].weight.detach(), axes[:8]) < 1e-3
+
+
 def test_little_memory_takes_more_passes_and_gives_the_same():
     model = adapted(bert())
     seen = []

@@ -57,6 +57,7 @@ class Config:
         min_projected_inputs: below this d an eigendecomposition takes milliseconds, and no layer is projected.
         exact_operation_cost: seconds of an operation of a float64 eigendecomposition over those of a float32 product.
         projected_gain: how many times faster than the exact solver the projected one must be to be taken.
+        subspace_steps: of the iteration that finds the leading principal components in the projected solver.
         max_steps: of conjugate gradients in the projected solver.
         shared_factor_inputs: one Cholesky factor is cheaper than conjugate gradients for more than d over this many
             units that share a system.
@@ -95,6 +96,7 @@ class Config:
     min_projected_inputs: int = 256
     exact_operation_cost: float = 2.5
     projected_gain: float = 2.0
+    subspace_steps: int = 2
     max_steps: int = 30
     shared_factor_inputs: int = 24
     chunk: int = 1 << 22
@@ -165,6 +167,7 @@ RANGES: dict[str, Range] = {
     "min_projected_inputs": _at_least(0),
     "exact_operation_cost": POSITIVE,
     "projected_gain": POSITIVE,
+    "subspace_steps": _at_least(1),
     "max_steps": _at_least(1),
     "shared_factor_inputs": _at_least(0),
     "chunk": _at_least(1),

@@ -59,6 +59,9 @@ Forward = Callable[[nn.Module, Any], Any]
 EMBEDDED = 64
 """Of the next token's embedding, so many principal components are the target."""
 
+SUBSPACE_STEPS = 64
+"""Of the iteration for an adapter's few components, beyond which variances may hardly fall; they take milliseconds."""
+
 SHIFT_ROWS = 256
 """So many rows tell about where the mean of all is."""
 
@@ -681,8 +684,8 @@ def _solve(site: _Site, statistics: _Statistics | None, code: Code, rho: float, 
         code = code.without_labels(site.name, reason, "pass labels, or code='pca'")
     most = min(round(rho * site.rank), site.view.dim)
     problem = Problem(site.name, code, max(most, site.rank), seed, "directions")
-    scaled = replace(run.config, filter_length=1.0)
-    fit = rescale(solve(statistics, problem, run.config), "directions", scaled)
+    config = replace(run.config, filter_length=1.0, subspace_steps=max(SUBSPACE_STEPS, run.config.subspace_steps))
+    fit = rescale(solve(statistics, problem, config), "directions", config)
     if not bool(fit.alive.all()):
         return "its input is constant on the calibration data"
     explained = _explained(statistics.cov, most) if rho > 1 else torch.zeros(0)

@@ -56,7 +56,8 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
     assert encoding_weight is not None
     problem, cov, note = with_varied_targets(problem, cov, config)
     generator = problem.generator()
-    found = [principal_subspace(xx, subspace_rank(components), generator) for xx in cov.xx]
+    rank, steps = subspace_rank(components), config.subspace_steps
+    found = [principal_subspace(xx, rank, generator, steps=steps) for xx in cov.xx]
     basis, image = (torch.stack([getattr(each, part) for each in found]) for part in ("basis", "image"))
     variances = torch.stack([each.variances for each in found])
     largest = variances[:, 0] + cov.mean_x.square().sum(1)  # of the sums, before the mean was taken off
