@@ -4,12 +4,8 @@
 
 Series are those that the package ``aeon`` ships, with their own split into training and test; tables are those of
 scikit-learn, of which a random half is the test. Rows are appended to ``benchmarks/results/heads.jsonl``, and a second
-<<<<<<< HEAD
-call goes on from there. Nothing is tuned: every classifier runs as it comes.
-=======
 call goes on from there. Nothing is tuned: every classifier runs as it comes. Seconds are of the processor, of a second
 fit, since the first one imports and compiles.
->>>>>>> wt-integr
 """
 
 from __future__ import annotations

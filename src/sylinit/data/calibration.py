@@ -67,6 +67,10 @@ class CalibrationSet:
         if len(said) < len(found):
             raise SylinitError("batches: some processes of the group have targets and others have none")
         whole = merged(said)
+        if not whole.finite:
+            raise SylinitError(
+                "batches: the targets hold infinite numbers; drop those samples, or use NaN for missing ones"
+            )
         if not whole.known and whole.real:
             raise SylinitError(
                 "batches: the targets hold no value, they are all missing (NaN); pass task='none' or drop them"

@@ -72,6 +72,8 @@ def find_heads(
     asked = list(head) if isinstance(head, (Mapping, list, tuple)) else [head] if head not in (None, "auto") else []
     for name in asked:
         require_match(name, names, "head")
+    if not views:
+        return Heads({}, None, NO_TASK)
     if task == "none":
         return Heads({}, None, Task("none", "task="))
     chosen = [_named(name, views) for name in asked]
@@ -224,7 +226,9 @@ def _none_found(
         last = next((view for view in reversed(views) if module_name(view) in trace.seen), None)
         note = "no layer that sylinit can compute makes the model's output, so none was taken for the head"
         missed = [view.name for view in views if module_name(view) not in trace.seen]
-        if missed:
+        if last is not None and last.groups > 1:
+            note = f"no head was taken: {_grouped(last)}"
+        elif missed:
             note += f"; the data never reached {', '.join(map(repr, missed[:3]))}: let forward= run the whole model"
         elif last is not None:
             note += (

@@ -83,7 +83,7 @@ class Pass:
         def run(number: int) -> None:
             with self.offload.worker(number) if self.offload else nullcontext():
                 output = call(self._context.data.batches[number])
-            self.outputs[number] = [tensor.detach() for tensor in output_tensors(output)]
+            self.outputs[number] = [tensor.detach().clone() for tensor in output_tensors(output)]
 
         self._runner.run(run)
 
