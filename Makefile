@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-.PHONY: venv demo study test lint fmt package clean
+CORE := -m "not comparison and not distributed and not slow and not studies"
+
+.PHONY: venv demo study test test-core lint fmt package clean
 
 venv: $(MARK)
 
@@ -23,6 +25,10 @@ study: venv
 
 test: venv lint
 	$(BIN)/pytest
+
+# without several processes, comparison and studies: after each edit
+test-core: venv
+	$(BIN)/pytest $(CORE)
 
 lint: venv
 	$(BIN)/ruff check src studies tests benchmarks examples
