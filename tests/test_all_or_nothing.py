@@ -189,6 +189,9 @@ def test_an_interrupt_from_the_keyboard(apart):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that met a destructor
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("delay", range(0, 40, 4))
+@pytest.mark.xfail(
+    strict=False, reason="a second Ctrl-C within one call may come while gradient mode is being put back"
+)
 def test_an_impatient_user(delay, apart):
     """Ctrl-C again and again, from some moment on: one is enough, and none of the others comes between."""
     import signal
