@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from sylinit.runtime import interrupts
 from sylinit.runtime.interrupts import held_interrupts
 
 
@@ -45,11 +47,28 @@ def test_it_can_be_delivered_before_the_end_and_then_only_once():
         held.deliver()
 
 
-def test_a_second_one_comes_through_at_once():
+def test_one_that_insists_comes_through_at_once(monkeypatch):
+    monkeypatch.setattr(interrupts, "PATIENCE_SECONDS", 0.01)
     with held_interrupts():
         press()
+        time.sleep(0.02)
         with pytest.raises(KeyboardInterrupt):
             press()
+
+
+def test_an_impatient_one_waits_like_the_first():
+    done = []
+
+    def whole() -> None:
+        with held_interrupts():
+            press()
+            press()
+            press()
+            done.append("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        whole()
+    assert done == ["whole"]
 
 
 def test_an_inner_hold_hands_on_to_the_outer_one():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,11 +16,16 @@ from typing import Any
 Handler = Callable[[int, Any], Any]
 
 
+PATIENCE_SECONDS = 1.0
+"""A Ctrl-C that comes so long after one that is held back insists; what is done whole takes milliseconds."""
+
+
 class Held:
     """An interrupt that waits to be delivered, if there is one."""
 
     def __init__(self) -> None:
         self.waiting: Callable[[], object] | None = None
+        self.since = 0.0
 
     def deliver(self) -> None:
         """Do now what the signal would have done when it came: by default, raise `KeyboardInterrupt`."""
@@ -30,12 +36,14 @@ class Held:
 
 @contextmanager
 def held_interrupts() -> Iterator[Held]:
-    """Hold the first Ctrl-C back until it is delivered, at the latest at the end; a second comes through at once."""
+    """Hold Ctrl-C back until it is delivered, at the latest at the end; one that insists comes through at once."""
     held = Held()
 
     def hold(usual: Handler, number: int, frame: object) -> None:
-        again, held.waiting = held.waiting is not None, lambda: usual(number, None)
-        if again:
+        if held.waiting is None:
+            held.since = time.monotonic()
+        held.waiting = lambda: usual(number, None)
+        if time.monotonic() - held.since > PATIENCE_SECONDS:
             held.deliver()
 
     try:
