@@ -28,7 +28,6 @@ from sylinit.layers.registry import is_stock
 from sylinit.plan import Plan, Wish, make_plan
 from sylinit.report import ROOT, LayerReport, Report
 from sylinit.runtime.fsdp import Shards
-from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.offload import Offload
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
@@ -122,7 +121,7 @@ def initialize_(
     transaction = Transaction(model, generator)
     run: _Pass | None = None
     succeeded = False
-    with processes.interrupted_together():
+    with processes.held_interrupts() as held:
         try:
             with shards.gathered(transaction), torch.no_grad(), _as_written():
                 seed = _seed(generator)
@@ -142,10 +141,14 @@ def initialize_(
             processes.announce(error)
             raise
         finally:
-            with held_interrupts():
-                if run is not None:
-                    run.end()
-                transaction.restore(succeeded=succeeded)
+            if run is not None:
+                run.end()
+            transaction.restore(succeeded=succeeded)
+            try:
+                held.deliver()  # which came after the last layer
+            except BaseException:
+                transaction.restore(succeeded=False)
+                raise
     return Report(
         layers=(*run.records, *run.never_met(), *plan.left_alone),
         samples=data.samples,
