@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
 OLDEST := .venv-oldest
-CORE := -m "not comparison and not distributed and not slow and not studies"
+CORE := -m "not distributed and not slow" --ignore=tests/comparison --ignore=tests/studies
 
 .PHONY: venv demo study test test-core test-oldest lint fmt clean
 

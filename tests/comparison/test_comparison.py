@@ -22,8 +22,6 @@ from sylinit.comparison.models import MODELS, build
 from sylinit.comparison.statistics import interval, paired
 from sylinit.comparison.training import Recipe, accuracy, area_under, augment, train
 
-pytestmark = pytest.mark.comparison
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_map_images_to_logits(name: str) -> None:
