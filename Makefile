@@ -1,13 +1,15 @@
 # `make demo` and `make test` are all that a fresh machine needs; each makes the virtual environment first.
+# `make test-core` takes a minute and a half; `make test-oldest` runs the same tests with the oldest torch that is promised.
 # `make study ARGS="fewshot --quick"` runs `python -m studies fewshot --quick` in it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-CORE := -m "not comparison and not distributed and not slow and not studies"
+OLDEST := .venv-oldest
+CORE := -m "not distributed and not slow" --ignore=tests/comparison --ignore=tests/studies
 
-.PHONY: venv demo study test test-core lint fmt package clean
+.PHONY: venv demo study test test-core test-oldest lint fmt package clean
 
 venv: $(MARK)
 
@@ -26,9 +28,16 @@ study: venv
 test: venv lint
 	$(BIN)/pytest
 
-# without several processes, comparison and studies: after each edit
 test-core: venv
 	$(BIN)/pytest $(CORE)
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=src $(OLDEST)/bin/pytest $(CORE)
+
+$(OLDEST)/.installed: requirements-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check src studies tests benchmarks examples
@@ -45,4 +54,4 @@ package: venv
 	$(BIN)/python tests/check_package.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache

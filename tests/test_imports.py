@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -90,3 +92,21 @@ def test_the_public_names_are_all_that_comparison_and_command_know():
     outside = {"sylinit", "sylinit.cli"} | {name for name in modules() if place(name) == "comparison"}
     for name in outside - {"sylinit"}:
         assert imported(name) <= outside, name
+
+
+CALL = """
+import sys, torch, sylinit
+model = torch.nn.Sequential(torch.nn.Conv2d(2, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(216, 3))
+batches = [(torch.randn(15, 2, 8, 8), torch.arange(15) % 3)] * 2
+sylinit.initialize_(model, batches)
+sylinit.initialize_(model, batches, offload="disk")
+print(*sys.modules)
+"""
+
+
+def test_a_call_loads_neither_pytorchs_compiler_nor_scientific_packages():
+    """The compiler alone takes seconds."""
+    done = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "sylinit.initialize" in loaded
+    assert loaded.isdisjoint({"torch._dynamo", "sympy", "scipy", "sklearn", "matplotlib", "pandas"})

@@ -35,9 +35,16 @@ def test_without_a_training_step_the_network_is_far_better_than_chance(make, dat
     assert after > 0.7 > before
 
 
-@pytest.mark.parametrize("sizes", [[60], [30, 30], [1] * 60, [7] * 8 + [4], [59, 1]])
-@pytest.mark.parametrize("rows", [None, 200, "all"])
-@pytest.mark.parametrize("apart", [False, "disk"])
+@pytest.mark.parametrize(
+    ("sizes", "rows", "apart"),
+    [
+        *[(sizes, rows, False) for sizes in ([60], [1] * 60, [59, 1]) for rows in (None, 200, "all")],
+        *[([20, 40], rows, "disk") for rows in (None, 200, "all")],
+        ([59, 1], None, "disk"),
+        ([7] * 8 + [4], "all", "disk"),
+        ([1] * 60, 200, "disk"),
+    ],
+)
 def test_the_cut_into_batches_does_not_matter(sizes, rows, apart):
     """Whether they are joined to one or run interleaved."""
     x, y = images()
@@ -701,9 +708,8 @@ def test_the_report_prints_saves_and_plots(tmp_path):
     assert all(layer.residual < 1e-10 and layer.dead_units == 0 for layer in report.initialized)
 
 
-@pytest.mark.parametrize("code", ["mixed", "random", "kmeans"])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("classes", [4, 600])
+@pytest.mark.parametrize(("code", "classes"), [("mixed", 4), ("mixed", 600), ("random", 4), ("kmeans", 4)])
 def test_the_default_device_of_the_caller_changes_nothing(code, count, classes):
     """As after ``torch.set_default_device("cuda")``, of a model and data on the CPU; "meta" is on every machine.
 

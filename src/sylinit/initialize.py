@@ -36,7 +36,6 @@ from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import SAMPLES, Trace, picked_positions, trace
 from sylinit.report import Report
 from sylinit.runtime.fsdp import Shards
-from sylinit.runtime.interrupts import held_interrupts
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
 
@@ -232,7 +231,7 @@ def _initialize(
     def call(batch: Batch) -> Any:
         return _call(model, batch, source.forward)
 
-    with processes.interrupted_together():
+    with processes.held_interrupts() as held:
         try:
             with shards.gathered(transaction), torch.no_grad(), _as_written():
                 seed = _seed(generator)
@@ -258,10 +257,14 @@ def _initialize(
             processes.announce(error)
             raise
         finally:
-            with held_interrupts():
-                if run is not None:
-                    run.end()
-                transaction.restore(succeeded=succeeded)
+            if run is not None:
+                run.end()
+            transaction.restore(succeeded=succeeded)
+            try:
+                held.deliver()  # which came after the last layer
+            except BaseException:
+                transaction.restore(succeeded=False)
+                raise
     return Report(
         layers=(*run.records, *run.never_met(), *plan.left_alone),
         samples=data.samples,

@@ -27,8 +27,6 @@ from sylinit.comparison.statistics import interval, paired
 from sylinit.comparison.summary import Row
 from sylinit.comparison.training import Recipe, accuracy, area_under, augment, prediction, train
 
-pytestmark = pytest.mark.comparison
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_map_samples_to_logits(name: str) -> None:

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from sylinit import SylinitError
 from sylinit.comparison.data import few_shot, held_back, load, split
 
-pytestmark = pytest.mark.comparison
-
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

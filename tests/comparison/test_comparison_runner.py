@@ -26,8 +26,6 @@ from sylinit.comparison.runs import subset
 from sylinit.comparison.store import Store
 from sylinit.comparison.summary import Row, gap, ours, rows, verdict
 
-pytestmark = pytest.mark.comparison
-
 
 def test_experiments_survive_json() -> None:
     experiment = replace(TINY, options=(("code", "pca"),), shots=None)

@@ -13,8 +13,6 @@ from hatchling.builders.wheel import WheelBuilder
 
 import sylinit
 
-pytestmark = pytest.mark.comparison
-
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "src" / "sylinit"
 ABOVE = [LIBRARY / "cli.py", LIBRARY / "__main__.py", *sorted((LIBRARY / "comparison").glob("*.py"))]

@@ -46,13 +46,10 @@ class Processes:
         return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]
 
     @contextmanager
-    def interrupted_together(self) -> Iterator[None]:
-        """Hold Ctrl-C back until the next `agree`, so that it never comes while the others wait for something else."""
-        if self.size == 1:
-            yield
-            return
+    def held_interrupts(self) -> Iterator[Held]:
+        """Hold Ctrl-C back until the next `agree`: it never comes amid PyTorch's contexts, or while others wait."""
         with held_interrupts() as self._held:
-            yield
+            yield self._held
 
     def agree(self, work: Callable[[], T]) -> list[T]:
         """Do some local work and share its (small) result; if it fails in one process, raise in all.
@@ -64,7 +61,10 @@ class Processes:
             ProcessFailedError: another process failed. A failure of this process is raised as it is.
         """
         if self.size == 1:
-            return [work()]
+            alone = work()
+            if self._held is not None:
+                self._held.deliver()
+            return [alone]
         error: BaseException | None = None
         result: Any = None
         try:

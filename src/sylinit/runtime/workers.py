@@ -274,7 +274,7 @@ class _ThreadContext:
     def __init__(self) -> None:
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
-        self.device = torch.get_default_device()
+        self.device = torch.empty(0).device  # older PyTorch does not tell of ``with torch.device(...)`` otherwise
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())

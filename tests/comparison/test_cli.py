@@ -22,8 +22,6 @@ from sylinit.comparison.data import load
 from sylinit.comparison.models import build
 from sylinit.comparison.training import accuracy
 
-pytestmark = pytest.mark.comparison
-
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run the entry point as the shell does; returns exit code, stdout and stderr."""
