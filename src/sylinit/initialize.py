@@ -249,7 +249,7 @@ def _initialize(
                         notes = (choice.note,)
                     plan = make_plan(model, inventory, seen, wish, data, config)
                     context = replace(context, positions=_picked(plan, seen, data, transaction, processes, call))
-                    run = Pass(plan, context, model, set(seen.seen), offload, progress)
+                    run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)
                 before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))
             succeeded = True

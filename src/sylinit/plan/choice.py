@@ -114,7 +114,7 @@ def _held_out(
     train = replace(data, batches=(seen,), samples=size)
     here = replace(context, data=train, promises={})
     plan = _plan(model, inventory, trace, replace(wish, train_size=wish.train_size or data.train_size), here, recipe)
-    run = Pass(plan, here, model, set(trace.seen), offload=False, progress=None)
+    run = Pass(plan, here, model, trace, offload=False, progress=None)
     try:
         run.through(call)
     finally:

@@ -15,10 +15,14 @@ from sylinit.data.batches import Batch
 from sylinit.layers.attention import AttentionOutputView
 from sylinit.plan.plan import Plan
 from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site, check_entry
-from sylinit.plan.trace import output_tensors
+from sylinit.plan.trace import Trace, output_tensors
 from sylinit.report import LayerReport
+from sylinit.runtime.memory import reused_memory
 from sylinit.runtime.offload import Offload
 from sylinit.runtime.workers import Interleaved, OnePass
+
+OUTPUTS_ALIVE = 8
+"""So many outputs of the largest layer are alive at once in most models."""
 
 
 class Pass:
@@ -28,7 +32,7 @@ class Pass:
         plan: the sites.
         context: of the pass.
         model: in eval mode.
-        seen: names of the modules that the trial run reached.
+        trace: what the trial run showed.
         offload: where the activations of waiting batches go.
         progress: called with (layers done, layers in all, name of the layer done).
 
@@ -43,7 +47,7 @@ class Pass:
         plan: Plan,
         context: Context,
         model: nn.Module,
-        seen: set[str],
+        trace: Trace,
         offload: bool | str,
         progress: Callable[[int, int, str], None] | None,
     ) -> None:
@@ -51,7 +55,7 @@ class Pass:
         self.outputs: dict[int, list[Tensor]] = {}
         self._plan = plan
         self._context = context
-        self._seen = seen
+        self._trace = trace
         self._progress = progress
         self._done: set[int] = set()
         self._entered: set[int] = set()
@@ -85,7 +89,8 @@ class Pass:
                 output = call(self._context.data.batches[number])
             self.outputs[number] = [tensor.detach().clone() for tensor in output_tensors(output)]
 
-        self._runner.run(run)
+        with reused_memory(OUTPUTS_ALIVE * self._trace.sample_bytes * max(self._context.data.sizes)):
+            self._runner.run(run)
 
     def end(self) -> None:
         """Leave no trace on the modules."""
@@ -128,7 +133,7 @@ class Pass:
 
     def _verify(self, number: int, site: MatrixSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what a module computes that the trial run did not reach."""
-        if self._names(site) & self._seen:
+        if not self._names(site).isdisjoint(self._trace.seen):
             return
         if reason := site.misfit(args, kwargs):
             self._done.add(number)

@@ -222,7 +222,7 @@ class MatrixSite:
         """What the fitted outputs say of the rows that were read."""
         assert self.goal is not None
         assert fit.bias is not None
-        if len(source.parts) > 1:  # which wait for each other, perhaps away from the device
+        if not source.agree(len(source.parts) <= 1):  # several wait for each other, perhaps away from the device
             return Promise()
         complete = self.goal.task.classes or bool((self.goal.share == 1).all())
         if not source.width or source.count > PROMISED_ROWS or not complete:

@@ -75,6 +75,7 @@ class Trace:
         outputs: the tensors of the model's output.
         layouts: by view, where samples lie in its rows; missing where nothing was seen.
         shapes: by module, the shape of its first output.
+        sample_bytes: of the largest output of a module, for each sample.
         entries: modules that read the model's input before any layer has changed it.
         made: names of modules that the forward pass created.
         picked: modules that give outputs at each position, of which the model's output is one for each sample.
@@ -85,6 +86,7 @@ class Trace:
     outputs: list[Output] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sample_bytes: int = 0
     entries: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
     picked: set[str] = field(default_factory=set)
@@ -121,6 +123,7 @@ def trace(
             for name in described.made_by
             if picked(watch.given.get(name), tensor) is not None
         }
+    found.sample_bytes = max((tensor.nbytes for tensor in watch.given.values()), default=0) // samples
     found.made = [name for name, module in model.named_modules() if known.get(name) is not module]
     rewind()
     if samples <= MARKED + 1:
