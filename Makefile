@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a fresh machine needs; each makes the virtual environment first.
-# `make test-core` takes a minute and a half; `make test-oldest` runs the same tests with the oldest torch that is promised.
+# `make test-core` takes a minute; `make test-oldest` runs the same tests with the oldest torch that is promised.
 # `make study ARGS="fewshot --quick"` runs `python -m studies fewshot --quick` in it.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
 OLDEST := .venv-oldest
-CORE := -m "not distributed and not slow" --ignore=tests/comparison --ignore=tests/studies
+# two tests at a time, each on one core; those of a file share what they set up
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+CORE := -m "not distributed and not slow" --ignore=tests/comparison --ignore=tests/integrations --ignore=tests/studies
 
 .PHONY: venv demo study test test-core test-oldest lint fmt package clean
 
@@ -26,13 +28,13 @@ study: venv
 	$(BIN)/python -m studies $(ARGS)
 
 test: venv lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-core: venv
-	$(BIN)/pytest $(CORE)
+	$(PYTEST) $(CORE)
 
 test-oldest: $(OLDEST)/.installed
-	PYTHONPATH=src $(OLDEST)/bin/pytest $(CORE)
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist loadfile $(CORE)
 
 $(OLDEST)/.installed: requirements-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

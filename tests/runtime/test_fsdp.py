@@ -33,7 +33,7 @@ from sylinit.runtime.processes import ProcessFailedError
 
 pytestmark = pytest.mark.distributed
 
-DEADLINE = 60
+DEADLINE = 120
 """Seconds after which a process that waits for another gives up."""
 
 SIZE = 2

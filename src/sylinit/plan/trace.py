@@ -123,7 +123,7 @@ def trace(
             for name in described.made_by
             if picked(watch.given.get(name), tensor) is not None
         }
-    found.sample_bytes = max((tensor.nbytes for tensor in watch.given.values()), default=0) // samples
+    found.sample_bytes = max((tensor.nbytes for tensor in watch.given.values()), default=0) // max(samples, 1)
     found.made = [name for name, module in model.named_modules() if known.get(name) is not module]
     rewind()
     if samples <= MARKED + 1:
