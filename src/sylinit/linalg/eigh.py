@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sylinit.errors import SylinitError
+
+T = TypeVar("T")
 
 
 def robust_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,12 +28,22 @@ def robust_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         SylinitError: it fails everywhere, as it does on NaN.
     """
+    (values, vectors), reverse = _first(torch.linalg.eigh, matrix)
+    return values.to(matrix), (vectors.flip(-2) if reverse else vectors).to(matrix)
+
+
+def robust_eigvalsh(matrix: Tensor) -> Tensor:
+    """The eigenvalues alone, ascending, ``[..., m]``; as robust as `robust_eigh`."""
+    return _first(torch.linalg.eigvalsh, matrix)[0].to(matrix)
+
+
+def _first(decompose: Callable[[Tensor], T], matrix: Tensor) -> tuple[T, bool]:
+    """What a decomposition gives of the first form of a matrix on which it converges, and whether that is reversed."""
     for form, reverse in _forms(matrix):
         try:
-            values, vectors = torch.linalg.eigh(form)
+            return decompose(form), reverse
         except torch.linalg.LinAlgError:
             continue
-        return values.to(matrix), (vectors.flip(-2) if reverse else vectors).to(matrix)
     raise SylinitError(
         f"eigendecomposition of a {list(matrix.shape)} matrix failed; are there NaN or infinite entries?"
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sylinit.config import Config
+from sylinit.linalg.eigh import robust_eigvalsh
 from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Role
 
@@ -60,19 +61,5 @@ def rescale(fit: Fit, role: Role, config: Config) -> Fit:
 def numerical_rank(weight: Tensor) -> int:
     """Numerical rank of ``[g, k, d]``, summed over groups, from the smaller of the two Gram matrices."""
     small = weight if weight.shape[1] <= weight.shape[2] else weight.mT
-    return int(torch.linalg.matrix_rank(small @ small.mT, hermitian=True, rtol=1e-10).sum())
-
-
-NORM_SCALE = 0.5
-"""Weight of a normalisation layer at the start, instead of one, where training samples are few.
-
-Between layers that are calibrated after it this changes no function, and it shrinks what residual blocks add up to. So
-the head's weights start longer and its input shorter: the same step of training turns it less.
-"""
-
-NORM_OFFSET = 0.5
-"""Mean output of a normalisation layer at the start, in standard deviations of it, where training samples are few.
-
-A rectifier behind it then passes 69 % of a Gaussian signal instead of a half. Each rectifier drops part of what the
-units told apart; in a deep network that adds up. Where no rectifier follows, the next layer takes the offset off again.
-"""
+    values = robust_eigvalsh(torch.bmm(small, small.mT))
+    return int((values > 1e-10 * values[:, -1:]).sum())
