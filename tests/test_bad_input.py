@@ -351,3 +351,7 @@ def test_labels_of_one_class_alone(code):
 def test_labels_that_are_all_ignored_count_as_none():
     report = sylinit.initialize_(small_mlp(), [(X, torch.full_like(Y, -100))])
     assert {layer.code for layer in report.initialized} == {"pca"}
+
+
+def test_a_scripted_model():
+    refused(torch.jit.script(nn.Sequential(nn.Linear(12, 3))), [(X, Y)], "scripted", "script it then")

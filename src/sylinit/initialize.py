@@ -387,6 +387,11 @@ def _check_arguments(
     """Refuse arguments of the wrong kind before anything runs."""
     if not isinstance(model, nn.Module):
         raise SylinitError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(_unwrapped(model), torch.jit.ScriptModule):
+        raise SylinitError(
+            f"model: {type(model).__name__} is scripted, so its layers cannot be met; initialize the model that it was "
+            "scripted from, and script it then"
+        )
     if type(_unwrapped(model)).forward is nn.modules.module._forward_unimplemented and source.forward is None:
         raise SylinitError(
             f"model: {type(model).__name__} has no forward; pass forward=lambda model, batch: ... that runs it"

@@ -111,6 +111,8 @@ class Reader:
             which = "spread evenly over all" if in_memory else "the first that came"
             of = f" of {max(size, total):,}" if size > total or in_memory else ""
             notes.append(f"read {kept:,}{of} samples, {which}; samples= reads more")
+        if unused := self._unused(read[0]):
+            notes.append(f"the model's forward takes no {', '.join(map(repr, unused))}: left out of the call")
         return Read(self._joined(read), size, tuple(notes))
 
     def parse(self, raw: Any, number: int = 0) -> Batch:
@@ -197,6 +199,11 @@ class Reader:
                     f"head={{{name!r}: tensor}}: it has {len(spec)} rows, the batches hold {total} samples"
                 )
 
+    def _unused(self, batch: Batch) -> list[str]:
+        """Keys of a mapping that are neither input of the model nor target nor mask."""
+        known = {*TARGET_KEYS, *MASKS, "src_key_padding_mask", self.mask, *filter(_is_key, self.targets.values())}
+        return [key for key in batch.kwargs if not (self.custom or key in known or _takes(self.model, key))]
+
     def _is_input(self, key: str) -> bool:
         """Whether the model needs a key of that name, so that it is no target."""
         parameter = inspect.signature(self.model.forward).parameters.get(key)
@@ -233,7 +240,9 @@ class Reader:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         takes = [p for p in inspect.signature(self.model.forward).parameters.values() if p.kind in kinds]
         needs = sum(p.default is p.empty for p in takes)
-        return tuple(args[0]) if needs <= len(args[0]) <= len(takes) and needs > 1 else args
+        given = takes[: len(args[0])]
+        optional = all(p.default in (p.empty, None) for p in given)  # a mask or lengths, but no switch
+        return tuple(args[0]) if needs <= len(args[0]) == len(given) and optional else args
 
     def _require_tensors(
         self, raw: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], number: int
@@ -324,11 +333,21 @@ class Reader:
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call the model as its batch is: positional inputs or a mapping, targets only where the model takes them."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    kwargs = {key: v for key, v in batch.kwargs.items() if key not in TARGET_KEYS or takes_any or key in parameters}
+    """Call the model as its batch is: positional inputs, or what it takes of a mapping."""
+    kwargs = {key: value for key, value in batch.kwargs.items() if _takes(model, key)}
+    if batch.kwargs and not (kwargs or batch.args):
+        names = ", ".join(inspect.signature(model.forward).parameters)
+        raise SylinitError(
+            f"batches: none of the keys {', '.join(map(repr, batch.kwargs))} is an argument of the model's "
+            f"forward({names}); name them alike, or pass forward=lambda model, batch: ..."
+        )
     return model(*batch.args, **kwargs)
+
+
+def _takes(model: nn.Module, key: str) -> bool:
+    """Whether a model's forward has an argument of that name, or takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def some_samples(batch: Batch, reader: Reader, count: int) -> Batch | None:
@@ -428,6 +447,10 @@ def _form(target: Tensor) -> tuple[bool, int, int]:
     """What targets must agree in: class indices may come at any number of positions, values in one width."""
     real = target.is_floating_point()
     return real, target.ndim, target.shape[-1] if real and target.ndim == 2 else 0
+
+
+def _is_key(spec: Any) -> bool:
+    return isinstance(spec, str)
 
 
 def _describe(value: Any) -> str:

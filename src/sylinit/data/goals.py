@@ -100,6 +100,23 @@ def log_prior(goal: Goal, units: int, outputs: Tensor | None, samples: int) -> T
     return (logs - logs.mean()).unsqueeze(0)
 
 
+def constant_logits(goal: Goal, units: int, outputs: Tensor | None) -> Tensor:
+    """The logits, up to a factor, of outputs whose target never changes, ``[1, k]``: no feature can tell them.
+
+    Args:
+        goal: of a head with logits.
+        units: outputs of the head.
+        outputs: the classes that are fitted; None for all.
+    """
+    if not goal.task.classes:
+        return (2 * goal.mean - 1).unsqueeze(0)
+    if outputs is not None or goal.task.classes > EMBEDDED:
+        return goal.mean.new_zeros(1, units if outputs is None else len(outputs))
+    if units == 1:
+        return (goal.mean[1] - goal.mean[0]).view(1, 1)
+    return (goal.mean - goal.mean.mean()).unsqueeze(0)
+
+
 def _canonical(target: Tensor, task: Task, ignore_index: int) -> Tensor:
     """Class indices with -1 for none, or values with NaN for none and channels last."""
     if task.name == "next-token":

@@ -93,6 +93,14 @@ def flat(goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool) -> tupl
     return torch.cat(rows), torch.cat(wanted)
 
 
+def as_logits(y: Tensor) -> Tensor:
+    """The probabilities ``[n, k]`` of a sigmoid or a softmax as logits; anything else as it is."""
+    if not len(y) or float(y.amin()) < 0 or float(y.amax()) > 1:
+        return y
+    of_softmax = y.shape[1] > 1 and bool(((y.sum(1) - 1).abs() < 0.01).all())
+    return y.clamp(min=1e-12).log() if of_softmax else y.logit(1e-12)
+
+
 def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
     """The score of outputs.
 

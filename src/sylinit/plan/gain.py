@@ -8,7 +8,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from sylinit.data.goals import Goal
-from sylinit.data.score import Before, Score, constant_score, flat, score
+from sylinit.data.score import Before, Score, as_logits, constant_score, flat, score
 from sylinit.errors import warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
@@ -63,6 +63,7 @@ def _score_of(
         if found is None or found[0].shape[1] != view.units or not len(found[1]):
             continue
         y, t = found
+        y = as_logits(y) if goal.task.has_logits and module_name(view) in trace.outputs[place].probabilities else y
         return score(goal, y, t), constant_score(goal, t, view.units)
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sylinit.codes import Code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
-from sylinit.data.goals import Goal, log_prior
+from sylinit.data.goals import Goal, constant_logits, log_prior
 from sylinit.data.score import Score, fitted_score
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
 from sylinit.layers.attention import AttentionOutputView
@@ -173,7 +173,10 @@ class MatrixSite:
         problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept)
         fit = solve(source, problem, context.config)
         fit = context.processes.together(lambda: rescale(fit, self.role, context.config))
-        promise = self._promise(source, fit, context) if self.is_head else None
+        promise = None
+        if self.is_head:
+            fit = self._with_constant_outputs(fit, outputs, context)
+            promise = self._promise(source, fit, context)
         if scaled is not None:
             fit = scaled.in_original_units(fit)
             note = "; ".join(filter(None, (note, "its inputs differ much in scale and were standardized for it")))
@@ -222,6 +225,7 @@ class MatrixSite:
         """What the fitted outputs say of the rows that were read."""
         assert self.goal is not None
         assert fit.bias is not None
+        assert fit.dead is not None
         if not source.agree(len(source.parts) <= 1):  # several wait for each other, perhaps away from the device
             return Promise()
         complete = self.goal.task.classes or bool((self.goal.share == 1).all())
@@ -236,8 +240,21 @@ class MatrixSite:
         wanted = t - t.mean(0) if self.role == "logits" else t
         left_out = leave_one_out(x[0], wanted, penalty, intercept=self.intercept)
         if self.role == "logits":
+            if self.intercept:  # a head does not say how frequent its classes are, and then nor does it of the others
+                left_out = left_out + wanted / (len(wanted) - 1)
             left_out = left_out[:, 1:] - left_out[:, :1] if y.shape[1] < t.shape[1] else left_out
+            left_out = torch.where(fit.dead, fit.bias, left_out)
         return Promise(value, fitted_score(self.goal, left_out, t))
+
+    def _with_constant_outputs(self, fit: Fit, outputs: Tensor | None, context: Context) -> Fit:
+        """Where a logit's target never changes, no feature tells it: its bias alone does."""
+        assert self.goal is not None
+        assert fit.bias is not None
+        assert fit.dead is not None
+        if not self.goal.task.has_logits or context.config.prior:
+            return fit
+        logits = constant_logits(self.goal, self.view.units, outputs).to(fit.bias)
+        return replace(fit, bias=torch.where(fit.dead, context.config.logit_deviation * logits, fit.bias))
 
     def _as_head(self, fit: Fit, outputs: Tensor | None, context: Context) -> Fit:
         """All outputs of a head, of which some were fitted, with the prior of the classes in the bias if asked for."""

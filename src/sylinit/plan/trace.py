@@ -57,12 +57,14 @@ class Output:
         real: whether it holds floating-point numbers.
         made_by: names of the modules whose outputs it was made of without another layer in between.
         rectified: those of them behind which a rectifier came.
+        probabilities: those behind which a sigmoid or a softmax came.
     """
 
     shape: tuple[int, ...]
     real: bool
     made_by: frozenset[str]
     rectified: frozenset[str] = frozenset()
+    probabilities: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -269,7 +271,8 @@ class _Watch(_Inputs):
             tuple(tensor.shape),
             tensor.is_floating_point(),
             frozenset(name for name, _ in makers),
-            frozenset(name for name, rectified in makers if rectified),
+            frozenset(name for name, behind in makers if behind == RECTIFIER),
+            frozenset(name for name, behind in makers if behind == PROBABILITY),
         )
 
     def _behind(self, candidate: Candidate) -> Callable[..., None]:
@@ -306,11 +309,16 @@ def _hypothesis(candidate: Candidate, args: tuple[Any, ...], kwargs: dict[str, A
     return -1
 
 
+RECTIFIER, PROBABILITY = "rectifier", "probability"
+
 RECTIFIERS = ("relu", "gelu", "silu", "elu", "leaky_relu", "hardswish", "hardtanh", "mish", "threshold", "softplus")
 """Operations behind which no logits or predictions come."""
 
-Maker = tuple[str, bool]
-"""The name of a module, and whether a rectifier came behind it."""
+BEHIND = {**dict.fromkeys(RECTIFIERS, RECTIFIER), **dict.fromkeys(("sigmoid", "_softmax"), PROBABILITY)}
+"""What an operation makes of a layer's outputs."""
+
+Maker = tuple[str, str]
+"""The name of a module, and what of `BEHIND` came behind it last, "" for nothing."""
 
 
 class _Follow(TorchDispatchMode):
@@ -329,7 +337,7 @@ class _Follow(TorchDispatchMode):
     def mark(self, tensor: Tensor, name: str) -> None:
         """Note the module that made a tensor."""
         for storage in _storages(tensor):
-            self._made_by[storage._cdata] = frozenset(((name, False),))
+            self._made_by[storage._cdata] = frozenset(((name, ""),))
             self._alive.append(storage)
 
     def made_by(self, tensor: Tensor) -> frozenset[Maker]:
@@ -347,8 +355,8 @@ class _Follow(TorchDispatchMode):
             return result
         read = {s._cdata: s for tensor in _flat((args, kwargs or {})) for s in _storages(tensor)}
         sources: frozenset[Maker] = frozenset().union(*(self._made_by.get(key, frozenset()) for key in read))
-        if func.__name__.partition(".")[0].rstrip("_") in RECTIFIERS:
-            sources = frozenset((name, True) for name, _ in sources)
+        if behind := BEHIND.get(func.__name__.partition(".")[0].rstrip("_")):
+            sources = frozenset((name, behind) for name, _ in sources)
         for tensor in _flat(result):
             for storage in _storages(tensor):
                 if sources and self._made_by.get(storage._cdata) != sources:

@@ -1,0 +1,71 @@
+"""What the report says of a model's outputs before training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylinit
+from conftest import vectors
+from sylinit import Report
+
+
+def computed(units: int, y: Tensor, *behind: nn.Module, x: Tensor | None = None) -> tuple[nn.Module, Report]:
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, units), *behind)
+    x = vectors(len(y), 12, 3)[0] if x is None else x
+    return model, sylinit.initialize_(model, [(x, y)])
+
+
+@pytest.mark.parametrize(
+    ("units", "behind"), [(1, nn.Sigmoid()), (3, nn.Sigmoid()), (3, nn.Softmax(1)), (3, nn.LogSoftmax(1))]
+)
+def test_probabilities_count_as_the_logits_that_they_come_from(units: int, behind: nn.Module) -> None:
+    y = vectors(90, 12, 3)[1]
+    target = {1: (y > 1).float().unsqueeze(1), 3: nn.functional.one_hot(y, 3).float()}[units]
+    if isinstance(behind, nn.Sigmoid) and units == 3:
+        target[:, 2] = target[:, 0]  # several labels
+    target = target if isinstance(behind, nn.Sigmoid) else y
+    torch.manual_seed(0)
+    _, plain = computed(units, target)
+    torch.manual_seed(0)
+    _, report = computed(units, target, behind)
+    assert report.before.accuracy == plain.before.accuracy
+    assert report.before.loss == pytest.approx(plain.before.loss, rel=1e-4)
+
+
+CONSTANT = {
+    "one logit, all 1": (1, torch.ones(60)),
+    "one logit, all 0": (1, torch.zeros(60)),
+    "two logits, all 1": (2, torch.ones(60).long()),
+    "four classes, all 2": (4, torch.full((60,), 2)),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_target_that_never_changes_is_predicted(name: str) -> None:
+    units, y = CONSTANT[name]
+    report = computed(units, y)[1]
+    assert report.before.accuracy == 1
+    assert report.before.cross_validated.accuracy == 1
+    assert report.before.loss < nn.functional.cross_entropy(torch.zeros(1, max(2, units)), torch.zeros(1).long())
+
+
+def test_labels_that_never_change_beside_some_that_do() -> None:
+    y = torch.zeros(90, 3)
+    x, classes = vectors(90, 12, 3)
+    y[:, 1], y[:, 2] = 1, (classes > 0).float()
+    model, _ = computed(3, y, x=x)
+    outputs = model(x)
+    assert bool((outputs[:, 0] < 0).all())
+    assert bool((outputs[:, 1] > 0).all())
+
+
+def test_cross_validation_of_noise_is_at_chance() -> None:
+    """A left-out sample's class is rarer among the rest: a head that went by that would be wrong on every one."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(5):
+        x, y = torch.randn(100, 12, generator=generator), torch.arange(100) % 4
+        found.append(computed(4, y, x=x)[1].before.cross_validated.accuracy)
+    assert 0.15 < sum(found) / len(found) < 0.45
