@@ -1977,3 +1977,30 @@ def test_a_loader_of_the_usual_kind_is_served():
     loader = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(0))
     assert served(model, loader).report.task == "multiclass"
     assert accuracy(run(model, x), y) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "asked", "task"),
+    [
+        ("classes", 3, None, "multiclass"),
+        ("classes", 1, None, "regression"),
+        ("one-hot", 3, None, "multilabel"),
+        ("one-hot", 3, "multi_label_classification", "multilabel"),
+        ("values", 1, "regression", "regression"),
+    ],
+)
+def test_the_task_is_that_of_transformers_own_loss(labels, outputs, asked, task):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32},
+        **{"vocab_size": 50, "num_labels": outputs, "problem_type": asked},
+    )
+    model = transformers.BertForSequenceClassification(config)
+    y = torch.arange(48) % 3
+    ids = torch.randint(10, 50, (48, 8))
+    ids[:, :4] = (y + 3).unsqueeze(1)
+    given = {"classes": y, "one-hot": nn.functional.one_hot(y, 3).float(), "values": y.float()}[labels]
+    report = sylinit.initialize_head_(model, [{"input_ids": ids, "labels": given}])
+    assert report.task == task
+    assert model.config.problem_type == asked
+    model(input_ids=ids, labels=given).loss.backward()

@@ -48,6 +48,31 @@ class Task:
         return self.name in ("multiclass", "binary", "multilabel", "next-token")
 
 
+PROBLEM_TYPES = {
+    "regression": "regression",
+    "single_label_classification": "multiclass",
+    "multi_label_classification": "multilabel",
+}
+"""What Transformers' ``config.problem_type`` stands for."""
+
+
+def configured_task(model: Any, *, real: bool) -> str:
+    """The task by a model's own configuration, which decides its loss; "auto" where it says nothing.
+
+    Args:
+        model: one of Transformers', or any other.
+        real: whether the targets are real numbers.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    if kind is None and type(model).__name__.endswith("ForSequenceClassification"):
+        if getattr(config, "num_labels", None) == 1:
+            kind = "regression"
+        elif real:
+            kind = "multi_label_classification"
+    return PROBLEM_TYPES.get(kind, "auto") if isinstance(kind, str) else "auto"
+
+
 @dataclass(frozen=True)
 class HeadShape:
     """The outputs of a head.

@@ -22,13 +22,6 @@ require("transformers", "transformers", "sylinit.integrations.transformers")
 
 from transformers import TrainerCallback  # noqa: E402
 
-TASKS = {
-    "regression": "regression",
-    "single_label_classification": "multiclass",
-    "multi_label_classification": "multilabel",
-}
-"""What Transformers' ``problem_type`` stands for."""
-
 LABELS = ("label", "label_ids", "labels")
 """Columns that are kept though the model's forward does not name them."""
 
@@ -127,18 +120,7 @@ def _run(model: Any, batches: Iterable[Any], args: Any, layers: Any, samples: in
         chosen = None if layers == "new" else layers
         return initialize_adapters_(model, batches, layers=chosen, samples=samples, **options)
     check_options(options, "sylinit.integrations.transformers")
-    options.setdefault("task", _task(model))
     return run(model, batches, layers, samples, options)
-
-
-def _task(model: Any) -> str:
-    """The task by the model's configuration; "auto" where it leaves that to the labels."""
-    config = getattr(model, "config", None)
-    kind = getattr(config, "problem_type", None)
-    classifies = type(model).__name__.endswith("ForSequenceClassification")
-    if kind is None and classifies and getattr(config, "num_labels", None) == 1:
-        return "regression"  # as the model itself takes it
-    return TASKS.get(kind or "", "auto")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from sylinit.codes import CODES, HEAD, Code, as_code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
 from sylinit.data.goals import Goal
+from sylinit.data.tasks import configured_task
 from sylinit.errors import ROOT, SylinitError, warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import is_quantized
@@ -84,7 +85,10 @@ def make_plan(
     names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
     chosen = selector(wish.layers, names)
     code_of = _codes(wish.code, names)
-    heads = find_heads(views, wish.head, wish.task, wish.classes, names, data, trace)
+    asked = _asked_task(wish, model, data)
+    heads = find_heads(views, wish.head, asked, wish.classes, names, data, trace)
+    if asked != wish.task and heads.task.name == asked:
+        heads = replace(heads, task=replace(heads.task, reason="as the model's configuration has it"))
     if wish.heads_only and not heads.goals:
         raise SylinitError(f"no head to compute: {'; '.join(heads.notes) or heads.task.reason}; name it by head=")
     notes = list(heads.notes)
@@ -206,6 +210,14 @@ def _seen(inventory: Inventory, trace: Trace) -> tuple[list[LayerView], list[Lay
         else:
             views += candidate.hypotheses[number]
     return views, left
+
+
+def _asked_task(wish: Wish, model: nn.Module, data: CalibrationSet) -> str:
+    """The task that the user or, where there are targets, the model's configuration asks for."""
+    targets = [target for batch in data.batches for target in batch.targets.values()]
+    if wish.task != "auto" or wish.head != "auto" or not targets:
+        return wish.task
+    return configured_task(model, real=targets[0].is_floating_point())
 
 
 def _tied(heads: Heads, owners: Mapping[int, str]) -> str:

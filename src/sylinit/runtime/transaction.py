@@ -121,6 +121,8 @@ class _Parts:
         ]
         self._attributes = [(module, _attributes(module)) for module in modules]
         self._contents = [(value, _content(value)) for _, held in self._attributes for value in _containers(held)]
+        configs = {id(held["config"]): held["config"] for _, held in self._attributes if "config" in held}
+        self._configs = [(vars(c), dict(vars(c))) for c in configs.values() if hasattr(c, "__dict__")]
 
     def plainly_held(self) -> Iterator[Tensor]:
         """Tensors that are plain attributes."""
@@ -141,6 +143,10 @@ class _Parts:
                     now[key] = value
         for container, content in self._contents:
             _refill(container, content)
+        for now, held in self._configs:  # Transformers notes the kind of labels there
+            if now.keys() != held.keys() or any(now[key] is not value for key, value in held.items()):
+                now.clear()
+                now.update(held)
 
 
 def _rewritable(model: nn.Module) -> Iterator[Tensor]:
