@@ -70,14 +70,19 @@ class Decoder(nn.Module):
 
 def llama(tied: bool) -> nn.Module:
     """Two layers of Llama."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, tie_word_embeddings=tied, pad_token_id=0))
 
 
 def gpt2(tied: bool) -> nn.Module:
     """Two layers of GPT-2."""
-    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes: dict[str, Any] = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **ends, tie_word_embeddings=tied))
 
 
@@ -148,7 +153,7 @@ def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def features(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the head reads at all places but the last."""
     met: list[Tensor] = []
-    head = model.head if isinstance(model, Decoder) else model.lm_head
+    head: Any = model.head if isinstance(model, Decoder) else model.lm_head
     hook = head.register_forward_pre_hook(lambda module, args: met.append(args[0].detach()))
     logits_of(model, batch)
     hook.remove()
