@@ -29,6 +29,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 import warnings
@@ -459,33 +460,35 @@ def versions() -> dict[str, str]:
     return {name: importlib.import_module(name).__version__ for name in names}
 
 
-def in_child(action: Callable[..., None], arguments: tuple[Any, ...], seconds: float) -> dict[str, Any]:
-    """Run an action that sends dictionaries in a process of its own; what it sent, and how it ended if not well."""
+def in_child(action: Callable[..., None], arguments: tuple[Any, ...], seconds: int) -> dict[str, Any]:
+    """Run an action that sends dictionaries in a process of its own; what it sent, and how it ended if not well.
+
+    Args:
+        action: called with the arguments and with a function that sends.
+        arguments: of the action.
+        seconds: of processor time that the process gets.
+    """
     here, there = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(action, arguments, there))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(action, arguments, there, seconds))
     child.start()
     there.close()
     found: dict[str, Any] = {}
-    deadline = time.monotonic() + seconds
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not here.poll(left):
-            found["timeout"] = seconds
-            break
         try:
             found |= here.recv()
         except EOFError:
             break
-    if child.is_alive() and "timeout" in found:
-        child.kill()
     child.join()
-    if child.exitcode not in (0, -signal.SIGKILL):
+    if child.exitcode == -signal.SIGXCPU:
+        found["timeout"] = seconds
+    elif child.exitcode != 0:
         found["died"] = child.exitcode
     return found
 
 
-def _child(action: Callable[..., None], arguments: tuple[Any, ...], pipe: Any) -> None:
+def _child(action: Callable[..., None], arguments: tuple[Any, ...], pipe: Any, seconds: int) -> None:
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     try:
         action(*arguments, pipe.send)
     except Exception as error:
@@ -498,7 +501,7 @@ def choose(family: str, send: Callable[[dict[str, Any]], None]) -> None:
     send({"model": smallest(family.partition("/")[2])})
 
 
-def run(only: list[str], again: list[str], timeout: float) -> None:
+def run(only: list[str], again: list[str], timeout: int) -> None:
     """Every family that is not in the file yet; of those named by `again` the old line is dropped."""
     let_torchvision_load()
     import timm
@@ -679,7 +682,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--only", nargs="*", default=[], help="patterns of families")
     parser.add_argument("--again", nargs="*", default=[], help="patterns of families whose lines are made anew")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for a model")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds of processor time for a model")
     options = parser.parse_args()
     if options.command == "report":
         report()
