@@ -192,11 +192,12 @@ WIDTHS = {
 """Widths in configurations and what they are cut down to."""
 
 COUNTS = {
+    0: "num_kv_shared_layers",
     4: "num_experts n_routed_experts num_local_experts moe_num_experts",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group topk_group top_k_experts encoder_n_layer",
+    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group num_expert_group topk_group top_k_experts encoder_n_layer",
     64: "image_size",
-    VOCABULARY: "vocab_size entity_vocab_size",
+    VOCABULARY: "vocab_size entity_vocab_size vocab_size_per_layer_input",
 }
 """Numbers of layers, experts and words."""
 
@@ -210,6 +211,7 @@ GROUPED = {2: "num_key_value_heads num_kv_heads num_attention_groups"}
 """Half as many heads for keys and values as for queries, which some models demand and others refuse."""
 
 UNSET = {
+    1: "n_shared_experts",
     2: "num_key_value_heads num_experts_per_tok n_group topk_group",
     4: "n_routed_experts",
     8: "head_dim attention_head_dim",
@@ -338,10 +340,12 @@ def token_model(model: nn.Module, config: Any, kind: str) -> Model:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         del inputs["attention_mask"]
-    with torch.no_grad():
-        logits_of(model(**{key: value[:2] for key, value in inputs.items()}))
+    batch = {**inputs, "labels": target}
+    with torch.no_grad():  # with the labels, too, as a trainer passes them
+        for given in (inputs, batch):
+            logits_of(model(**{key: value[:2] for key, value in given.items()}))
     expected = y if kind != "token" else parts
-    return model, [{**inputs, "labels": target}], lambda model: logits_of(model(**inputs)), expected
+    return model, [batch], lambda model: logits_of(model(**inputs)), expected
 
 
 def logits_of(output: Any) -> Tensor:
