@@ -195,7 +195,8 @@ COUNTS = {
     0: "num_kv_shared_layers",
     4: "num_experts n_routed_experts num_local_experts moe_num_experts",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group num_expert_group topk_group top_k_experts encoder_n_layer",
+    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group num_expert_group topk_group top_k_experts "
+    "encoder_n_layer",
     64: "image_size",
     VOCABULARY: "vocab_size entity_vocab_size vocab_size_per_layer_input",
 }
