@@ -445,6 +445,8 @@ def readout(model: nn.Module, head: str, logits: Callable[[nn.Module], Tensor], 
         x = x.mean((2, 3)) if isinstance(model.get_submodule(head), nn.Conv2d) else x.flatten(1)
     if x.ndim == 3 and y.ndim == 1 and (places := picked(output, given)) is not None:
         x = x[places]
+    if x.ndim == y.ndim + 2:  # of several streams the one that is the output
+        x = next((x[:, i] for i, stream in enumerate(output.unbind(1)) if torch.equal(stream, given)), x)
     if x.shape[:-1] != y.shape:
         return None
     there = y >= 0

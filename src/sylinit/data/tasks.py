@@ -159,7 +159,7 @@ def infer_task(facts: Facts, head: HeadShape, asked: str, classes: int | None) -
         )
     if asked in ("next-token", "reconstruction"):
         found = asked
-    elif asked == "auto" and facts.next_token and head.units > facts.largest and len(head.positions) == 1:
+    elif asked == "auto" and facts.next_token and head.units > facts.largest and facts.shape[0] in head.positions:
         found = "next-token"
     else:
         found = ""
