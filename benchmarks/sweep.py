@@ -256,6 +256,8 @@ def cut_down(config: Any, reduction: tuple[dict[int, str], ...], changes: dict[s
             values[key] = [min(depth, 2) for depth in value]
         elif key in STAGE_WIDTHS and isinstance(value, list) and WIDTHS in reduction:
             values[key] = [width // 4 for width in value]
+        elif key == "image_size" and isinstance(value, (list, tuple)) and WIDTHS in reduction:
+            values[key] = [32 for _ in value]
         elif key == "vocab_size" and value is None:
             values[key] = VOCABULARY
         elif value is None and UNSET in reduction and key in unset:
@@ -352,6 +354,7 @@ def token_model(model: nn.Module, config: Any, kind: str) -> Model:
 def logits_of(output: Any) -> Tensor:
     """The logits of an output, or the first tensor of it."""
     output = getattr(output, "logits", output)
+    output = output.to_tuple() if hasattr(output, "to_tuple") else output
     while isinstance(output, (tuple, list)):
         output = output[0]
     if not isinstance(output, Tensor):

@@ -16,8 +16,8 @@ from torch import Tensor
 WEIGHTS = torch.logspace(-4, 4, 65, dtype=torch.float64)
 """Encoding weights that are compared: eight a decade."""
 
-FARTHER = torch.logspace(4, 10, 49, dtype=torch.float64)[1:]
-"""Those that are compared, too, where the largest of `WEIGHTS` is best: what tells the targets apart may be a
+FARTHER = torch.logspace(4, 10, 25, dtype=torch.float64)[1:]
+"""Those that are compared, too, where rows are more than their axes: what tells the targets apart may be a
 ten-thousandth of the rows' deviation, beside directions that all rows share."""
 
 
@@ -36,7 +36,7 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
         chunk: numbers that are formed at once.
 
     Returns:
-        One weight for all units: the smallest of `WEIGHTS` where several are best.
+        One weight for all units: the smallest where several are best.
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*,
     Technometrics 1979.
@@ -45,18 +45,12 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
     tiny = torch.finfo(v.dtype).tiny
     explained = torch.where(v > 0, cross.square() / v.clamp(min=tiny), 0)  # of code i by axis j, without shrinkage
 
-    def errors(weights: Tensor) -> Tensor:
-        found = []
-        for some in weights.to(v).split(max(1, chunk // explained.numel())):
-            sizes = some.view(-1, 1, 1, 1) * v
-            kept = sizes / (sizes + a.unsqueeze(2)).clamp_(min=tiny)  # lambda v / (a + lambda v), [w, g, k, r]
-            unseen = (1 - (kept.sum(3) + 1) / count).clamp_(min=1e-6)
-            rss = a - (kept * (2 - kept) * explained).sum(3)
-            found.append((rss.clamp_(min=0) / unseen.square()).sum((1, 2)))
-        return torch.cat(found)
-
-    best = int(errors(WEIGHTS).argmin())
-    if best < len(WEIGHTS) - 1 or bool((count <= v.shape[2] + 1).any()):  # of few rows all is explained
-        return float(WEIGHTS[best])
-    weights = torch.cat([WEIGHTS[-1:], FARTHER])
-    return float(weights[errors(weights).argmin()])
+    plenty = bool((count > v.shape[2] + 1).all())  # few rows are explained altogether as the weight grows
+    weights, errors = (torch.cat([WEIGHTS, FARTHER]) if plenty else WEIGHTS).to(v), []
+    for some in weights.split(max(1, chunk // explained.numel())):
+        sizes = some.view(-1, 1, 1, 1) * v
+        kept = sizes / (sizes + a.unsqueeze(2)).clamp_(min=tiny)  # lambda v / (a + lambda v), [w, g, k, r]
+        unseen = (1 - (kept.sum(3) + 1) / count).clamp_(min=1e-6)
+        rss = a - (kept * (2 - kept) * explained).sum(3)
+        errors.append((rss.clamp_(min=0) / unseen.square()).sum((1, 2)))
+    return float(weights[torch.cat(errors).argmin()])
