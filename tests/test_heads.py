@@ -172,7 +172,7 @@ class Prefixed(Language):
 
 @pytest.mark.parametrize("cropped", [False, True])
 def test_next_tokens_at_other_places_than_the_logits_are_refused(cropped):
-    with pytest.raises(sylinit.SylinitError, match="11 positions.* 8 "):
+    with pytest.raises(sylinit.SylinitError, match=r"11 positions.* 8 "):
         sylinit.initialize_(Prefixed(cropped=cropped), BATCHES)
 
 

@@ -238,8 +238,8 @@ def _checked(task: Task, facts: Facts, head: HeadShape, classes: int | None) -> 
     if task.name == "next-token" and head.positions and facts.shape[0] not in head.positions:
         raise SylinitError(
             f"batches: the head {head.name!r} gives logits at {head.positions[-1]} positions of texts of "
-            f"{facts.shape[0]} tokens, so which of them predicts which token is not known; let forward= run a part that "
-            "reads the tokens alone, pass the target of each position by target=, or pass head=None"
+            f"{facts.shape[0]} tokens, so which of them predicts which token is not known; let forward= run a part "
+            "that reads the tokens alone, pass the target of each position by target=, or pass head=None"
         )
     if task.classes and task.positions and not head.positions and head.name:
         raise SylinitError(

@@ -127,7 +127,8 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
     nearest = _nearest(spots, places, sizes)
     if nearest is None:
         return vectors.flatten(1, -2).nanmean(1)[sample]
-    return vectors[(sample, *nearest)]
+    place = (sample, *nearest)
+    return vectors[place]
 
 
 def has_positions(spots: tuple[int, ...], lead: tuple[int, ...], samples: int, layout: Layout) -> bool:
@@ -184,7 +185,8 @@ def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | N
     samples, *lengths = mask.shape
     sample, places, sizes = layout.locate(lead, samples, torch.arange(math.prod(lead), device=mask.device))
     if len(lengths) > 1:
-        return mask[(sample, *places)].nonzero().squeeze(1) if sizes == lengths else None
+        place = (sample, *places)
+        return mask[place].nonzero().squeeze(1) if sizes == lengths else None
     length = lengths[0]
     if sizes.count(length) != 1:
         return None
