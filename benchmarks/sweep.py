@@ -620,8 +620,8 @@ GROUPS = {
 
 COLUMNS = (
     "group",
-    "families",
-    "skipped",
+    "families run",
+    "skipped: too large / needs a package / does not run",
     "not done in time",
     "head reached",
     "above 0.9: head alone",
@@ -633,17 +633,18 @@ COLUMNS = (
     "missed without a warning",
 )
 
-REASONS = {
-    "too large": ("parameters",),
-    "needs another package": ("ImportError", "requires the", "No module named"),
-    "does not run when cut down, or not by itself": ("",),
-}
-"""Why a model was skipped, by what its message holds."""
+REASONS = (("parameters",), ("ImportError", "requires the", "No module named"), ("",))
+"""Why a model was skipped, by what its message holds: too large, needs a package, does not run small or by itself."""
 
 
-def reason(row: dict[str, Any]) -> str:
-    """Why a model was skipped, in a few words."""
-    return next(kind for kind, marks in REASONS.items() if any(mark in row["skipped"] for mark in marks))
+def reasons(rows: list[dict[str, Any]]) -> str:
+    """How many models were skipped for each of `REASONS`."""
+    messages = [row["skipped"] for row in rows if "skipped" in row]
+    kinds = [
+        next(kind for kind, marks in enumerate(REASONS) if any(mark in message for mark in marks))
+        for message in messages
+    ]
+    return " / ".join(str(kinds.count(kind)) for kind in range(len(REASONS)))
 
 
 def above(words: Counter[str]) -> str:
@@ -666,7 +667,8 @@ def table(rows: list[dict[str, Any]]) -> None:
         silent = max(words[call]["missed silently"] for call in CALLS)
         crashed = max(words[call]["crashed"] for call in CALLS)
         reached = head["reached"] + head["short"]
-        cells = [len(these), head["skipped"], default["timeout"], reached, above(head), above(default), above(auto)]
+        run = len(these) - head["skipped"]
+        cells = [run, reasons(these), default["timeout"], reached, above(head), above(default), above(auto)]
         print(f"| {group} | {' | '.join(map(str, [*cells, tied, asked, crashed, silent]))} |")
 
 
@@ -674,8 +676,6 @@ def report() -> None:
     """How many models were reached, how many are above 0.9, and the rest with a reason."""
     rows = load()
     table(rows)
-    skipped = Counter(reason(row) for row in rows if "skipped" in row)
-    print("skipped:", ", ".join(f"{count} {kind}" for kind, count in skipped.most_common()))
     shorts = [row["initialize_"] for row in rows if state(row, "initialize_")[0] == "short"]
     weak = sum((row.get("readout") or 0) <= ENOUGH for row in shorts)
     print(f"short by the default: {len(shorts)}; a ridge regression on the same features is short, too, in {weak}")
