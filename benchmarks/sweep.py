@@ -182,7 +182,7 @@ WIDTHS = {
     "kv_lora_rank image_size lru_width moe_latent_size",
     64: "intermediate_size ffn_dim d_ff d_inner n_inner encoder_ffn_dim decoder_ffn_dim moe_intermediate_size "
     "shared_expert_intermediate_size ffn_hidden_size mlp_hidden_size max_window_layers expert_ffn_hidden_size "
-    "feed_forward_hidden_size expert_dim hidden_dim_ffn block_ff_dim",
+    "feed_forward_hidden_size expert_dim hidden_dim_ffn block_ff_dim dim_ff",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads mamba_n_heads "
     "linear_num_value_heads linear_num_key_heads num_key_value_heads num_kv_heads num_attention_groups",
     8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_size d_head patch_size "
