@@ -29,6 +29,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 import warnings
@@ -45,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 import sylinit
+from sylinit.plan.trace import picked
 
 RESULTS = Path(__file__).parent / "results" / "sweep.jsonl"
 
@@ -60,6 +62,8 @@ SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 299, 384)
 
 MOST_PARAMETERS = 60_000_000
 """Larger models are skipped."""
+
+TOO_LARGE = "its smallest model has more than 60 million parameters"
 
 AUTO = "initialize_(code='auto')"
 """Run where the default call ends short."""
@@ -144,6 +148,8 @@ def timm_model(name: str) -> Model:
     import timm
 
     failure = ""
+    if count_parameters(partial(timm.create_model, num_classes=CLASSES), name) > MOST_PARAMETERS:
+        raise SkippedError(TOO_LARGE)
     for size in SIZES:
         for options in ({"img_size": size}, {}):
             try:
@@ -155,8 +161,6 @@ def timm_model(name: str) -> Model:
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
-            if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
-                raise SkippedError("its smallest model has more than 60 million parameters")
             if fits:
                 return model, [(x, y)], lambda model, x=x: logits_of(model(x)), y
             failure = "its output is no [n, 4]"
@@ -175,24 +179,26 @@ KINDS = {
 WIDTHS = {
     32: "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim hidden_dim d_embed "
     "projection_dim model_dim encoder_hidden_size decoder_hidden_size cross_attention_hidden_size q_lora_rank "
-    "kv_lora_rank image_size rotary_dim lru_width moe_latent_size",
+    "kv_lora_rank image_size lru_width moe_latent_size",
     64: "intermediate_size ffn_dim d_ff d_inner n_inner encoder_ffn_dim decoder_ffn_dim moe_intermediate_size "
     "shared_expert_intermediate_size ffn_hidden_size mlp_hidden_size max_window_layers expert_ffn_hidden_size "
-    "feed_forward_hidden_size expert_dim hidden_dim_ffn block_ff_dim",
+    "feed_forward_hidden_size expert_dim hidden_dim_ffn block_ff_dim dim_ff",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads mamba_n_heads "
     "linear_num_value_heads linear_num_key_heads num_key_value_heads num_kv_heads num_attention_groups",
     8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_size d_head patch_size "
-    "global_head_dim linear_key_head_dim linear_value_head_dim kv_channels mamba_head_dim",
+    "global_head_dim rotary_dim linear_key_head_dim linear_value_head_dim kv_channels mamba_head_dim",
     16: "state_size ssm_state_size mamba_d_state chunk_size",
 }
 """Widths in configurations and what they are cut down to."""
 
 COUNTS = {
+    0: "num_kv_shared_layers",
     4: "num_experts n_routed_experts num_local_experts moe_num_experts",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group topk_group top_k_experts encoder_n_layer",
+    "num_decoder_layers num_experts_per_tok moe_topk moe_k n_group num_expert_group topk_group top_k_experts "
+    "encoder_n_layer",
     64: "image_size",
-    VOCABULARY: "vocab_size",
+    VOCABULARY: "vocab_size entity_vocab_size vocab_size_per_layer_input",
 }
 """Numbers of layers, experts and words."""
 
@@ -205,9 +211,19 @@ STAGE_WIDTHS = ("hidden_sizes", "embed_dims", "stage_in_channels", "stage_mid_ch
 GROUPED = {2: "num_key_value_heads num_kv_heads num_attention_groups"}
 """Half as many heads for keys and values as for queries, which some models demand and others refuse."""
 
+UNSET = {
+    1: "n_shared_experts",
+    2: "num_key_value_heads num_experts_per_tok n_group topk_group",
+    4: "n_routed_experts",
+    8: "head_dim attention_head_dim",
+}
+"""Numbers that some configurations leave open and their models need."""
+
 REDUCTIONS = (
     (WIDTHS, COUNTS),
     (WIDTHS, COUNTS, GROUPED),
+    (WIDTHS, COUNTS, UNSET),
+    (WIDTHS, COUNTS, GROUPED, UNSET),
     (COUNTS,),
     (),
 )
@@ -229,6 +245,7 @@ def transformers_families() -> Iterator[str]:
 def cut_down(config: Any, reduction: tuple[dict[int, str], ...], changes: dict[str, Any]) -> Any:
     """A configuration of its class with small sizes, in the configurations inside it, too."""
     given = {key: small for table in reduction for small, names in table.items() for key in names.split()}
+    unset = {key: number for number, names in UNSET.items() for key in names.split()}
     values = {}
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -239,8 +256,14 @@ def cut_down(config: Any, reduction: tuple[dict[int, str], ...], changes: dict[s
             values[key] = [min(depth, 2) for depth in value]
         elif key in STAGE_WIDTHS and isinstance(value, list) and WIDTHS in reduction:
             values[key] = [width // 4 for width in value]
+        elif key == "image_size" and isinstance(value, (list, tuple)) and WIDTHS in reduction:
+            values[key] = [32 for _ in value]
         elif key == "vocab_size" and value is None:
             values[key] = VOCABULARY
+        elif value is None and UNSET in reduction and key in unset:
+            values[key] = unset[key]
+        elif key == "attention_types" and reduction:  # of GPT-Neo: [[kinds, how often], ...]
+            values[key] = [[value[0][0], 1]]
         elif key in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
             values[key] = (kinds * 2)[-2:] if reduction else value
@@ -282,11 +305,11 @@ def transformers_model(kind: str, model_type: str) -> Model:
     raise SkippedError(f"it cannot be built small, or does not run by itself: {failure}")
 
 
-def count_parameters(model_class: Any, config: Any) -> int:
-    """Without filling them, where that can be done."""
+def count_parameters(build: Callable[[Any], nn.Module], what: Any) -> int:
+    """Of a model, without filling them, where that can be done; else 0."""
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in model_class(config).parameters())
+            return sum(p.numel() for p in build(what).parameters())
     except (TypeError, NotImplementedError, RuntimeError):  # some compute with numbers while they are built
         return 0
 
@@ -320,15 +343,18 @@ def token_model(model: nn.Module, config: Any, kind: str) -> Model:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         del inputs["attention_mask"]
-    with torch.no_grad():
-        logits_of(model(**{key: value[:2] for key, value in inputs.items()}))
+    batch = {**inputs, "labels": target}
+    with torch.no_grad():  # with the labels, too, as a trainer passes them
+        for given in (inputs, batch):
+            logits_of(model(**{key: value[:2] for key, value in given.items()}))
     expected = y if kind != "token" else parts
-    return model, [{**inputs, "labels": target}], lambda model: logits_of(model(**inputs)), expected
+    return model, [batch], lambda model: logits_of(model(**inputs)), expected
 
 
 def logits_of(output: Any) -> Tensor:
     """The logits of an output, or the first tensor of it."""
     output = getattr(output, "logits", output)
+    output = output.to_tuple() if hasattr(output, "to_tuple") else output
     while isinstance(output, (tuple, list)):
         output = output[0]
     if not isinstance(output, Tensor):
@@ -408,16 +434,22 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
 
 def readout(model: nn.Module, head: str, logits: Callable[[nn.Module], Tensor], y: Tensor) -> float | None:
     """Accuracy of a ridge regression on what a head reads; None where its rows are not the labels' places."""
-    read: list[Tensor] = []
-    hook = model.get_submodule(head).register_forward_pre_hook(
-        lambda module, args, kwargs: read.append((args or tuple(kwargs.values()))[0]), with_kwargs=True
+    met: list[tuple[Tensor, Tensor]] = []
+    hook = model.get_submodule(head).register_forward_hook(
+        lambda module, args, kwargs, output: met.append(((args or tuple(kwargs.values()))[0], output)), with_kwargs=True
     )
     with torch.no_grad():
-        logits(model)
+        given = logits(model)
     hook.remove()
-    x = read[0].double() if read else torch.empty(0)
+    if not met:
+        return None
+    x, output = met[0][0].double(), met[0][1]
     if x.ndim == 4 and x.shape[0] == y.shape[0] and y.ndim == 1:
         x = x.mean((2, 3)) if isinstance(model.get_submodule(head), nn.Conv2d) else x.flatten(1)
+    if x.ndim == 3 and y.ndim == 1 and (places := picked(output, given)) is not None:
+        x = x[places]
+    if x.ndim == y.ndim + 2:  # of several streams the one that is the output
+        x = next((x[:, i] for i, stream in enumerate(output.unbind(1)) if torch.equal(stream, given)), x)
     if x.shape[:-1] != y.shape:
         return None
     there = y >= 0
@@ -438,33 +470,35 @@ def versions() -> dict[str, str]:
     return {name: importlib.import_module(name).__version__ for name in names}
 
 
-def in_child(action: Callable[..., None], arguments: tuple[Any, ...], seconds: float) -> dict[str, Any]:
-    """Run an action that sends dictionaries in a process of its own; what it sent, and how it ended if not well."""
+def in_child(action: Callable[..., None], arguments: tuple[Any, ...], seconds: int) -> dict[str, Any]:
+    """Run an action that sends dictionaries in a process of its own; what it sent, and how it ended if not well.
+
+    Args:
+        action: called with the arguments and with a function that sends.
+        arguments: of the action.
+        seconds: of processor time that the process gets.
+    """
     here, there = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(action, arguments, there))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(action, arguments, there, seconds))
     child.start()
     there.close()
     found: dict[str, Any] = {}
-    deadline = time.monotonic() + seconds
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not here.poll(left):
-            found["timeout"] = seconds
-            break
         try:
             found |= here.recv()
         except EOFError:
             break
-    if child.is_alive() and "timeout" in found:
-        child.kill()
     child.join()
-    if child.exitcode not in (0, -signal.SIGKILL):
+    if child.exitcode == -signal.SIGXCPU:
+        found["timeout"] = seconds
+    elif child.exitcode != 0:
         found["died"] = child.exitcode
     return found
 
 
-def _child(action: Callable[..., None], arguments: tuple[Any, ...], pipe: Any) -> None:
+def _child(action: Callable[..., None], arguments: tuple[Any, ...], pipe: Any, seconds: int) -> None:
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     try:
         action(*arguments, pipe.send)
     except Exception as error:
@@ -477,7 +511,7 @@ def choose(family: str, send: Callable[[dict[str, Any]], None]) -> None:
     send({"model": smallest(family.partition("/")[2])})
 
 
-def run(only: list[str], again: list[str], timeout: float) -> None:
+def run(only: list[str], again: list[str], timeout: int) -> None:
     """Every family that is not in the file yet; of those named by `again` the old line is dropped."""
     let_torchvision_load()
     import timm
@@ -574,17 +608,77 @@ def summary(row: dict[str, Any]) -> str:
     )
 
 
+GROUPS = {
+    "timm": "timm/*",
+    "sequence": "transformers/sequence/*",
+    "token": "transformers/token/*",
+    "image": "transformers/image/*",
+    "causal, own head": "transformers/causal-untied/*",
+    "causal, tied head": "transformers/causal-tied/*",
+}
+"""Groups of families: rows of the table."""
+
+COLUMNS = (
+    "group",
+    "families run",
+    "skipped: too large / needs a package / does not run",
+    "not done in time",
+    "head reached",
+    "above 0.9: head alone",
+    "default",
+    '`code="auto"` where the default is short',
+    "tied head, kept",
+    "refused, or warned of",
+    "crashed",
+    "missed without a warning",
+)
+
+REASONS = (("parameters",), ("ImportError", "requires the", "No module named"), ("",))
+"""Why a model was skipped, by what its message holds: too large, needs a package, does not run small or by itself."""
+
+
+def reasons(rows: list[dict[str, Any]]) -> str:
+    """How many models were skipped for each of `REASONS`."""
+    messages = [row["skipped"] for row in rows if "skipped" in row]
+    kinds = [
+        next(kind for kind, marks in enumerate(REASONS) if any(mark in message for mark in marks))
+        for message in messages
+    ]
+    return " / ".join(str(kinds.count(kind)) for kind in range(len(REASONS)))
+
+
+def above(words: Counter[str]) -> str:
+    """How many models are above 0.9, of those whose head was reached."""
+    reached = words["reached"] + words["short"]
+    return f"{words['reached']} of {reached}" if reached else ""
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """One line for each group."""
+    print(f"| {' | '.join(COLUMNS)} |")
+    print(f"|{'---|' * len(COLUMNS)}")
+    for group, pattern in GROUPS.items():
+        these = [row for row in rows if fnmatch.fnmatch(row["family"], pattern)]
+        words = {call: Counter(state(row, call)[0] for row in these) for call in CALLS}
+        head, default, auto = words.values()
+        kept = default["tied, kept"]
+        tied = f"{kept}" + (f", {default['tied, worse']} worse" if default["tied, worse"] else "")
+        asked = default["refused"] + default["no head, warned"]
+        silent = max(words[call]["missed silently"] for call in CALLS)
+        crashed = max(words[call]["crashed"] for call in CALLS)
+        reached = head["reached"] + head["short"]
+        run = len(these) - head["skipped"]
+        cells = [run, reasons(these), default["timeout"], reached, above(head), above(default), above(auto)]
+        print(f"| {group} | {' | '.join(map(str, [*cells, tied, asked, crashed, silent]))} |")
+
+
 def report() -> None:
     """How many models were reached, how many are above 0.9, and the rest with a reason."""
     rows = load()
-    for library in sorted({row["family"].rpartition("/")[0] for row in rows}):
-        these = [row for row in rows if row["family"].rpartition("/")[0] == library]
-        for call in CALLS:
-            counts = Counter(word for row in these if (word := state(row, call)[0]))
-            reached, short = counts["reached"], counts["short"]
-            share = f"{reached} of {reached + short} whose head was reached are above {ENOUGH}"
-            others = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()) if word != "reached")
-            print(f"{library}, {call}: {counts.total()} families; {share}; {others}")
+    table(rows)
+    shorts = [row["initialize_"] for row in rows if state(row, "initialize_")[0] == "short"]
+    weak = sum((row.get("readout") or 0) <= ENOUGH for row in shorts)
+    print(f"short by the default: {len(shorts)}; a ridge regression on the same features is short, too, in {weak}")
     for row in rows:
         for call in CALLS:
             word, why = state(row, call)
@@ -598,7 +692,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--only", nargs="*", default=[], help="patterns of families")
     parser.add_argument("--again", nargs="*", default=[], help="patterns of families whose lines are made anew")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for a model")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds of processor time for a model")
     options = parser.parse_args()
     if options.command == "report":
         report()

@@ -349,7 +349,8 @@ def test_labels_of_one_class_alone(code):
 
 
 def test_labels_that_are_all_ignored_count_as_none():
-    report = sylinit.initialize_(small_mlp(), [(X, torch.full_like(Y, -100))])
+    with pytest.warns(sylinit.SylinitWarning, match="every label is -100"):
+        report = sylinit.initialize_(small_mlp(), [(X, torch.full_like(Y, -100))])
     assert {layer.code for layer in report.initialized} == {"pca"}
 
 

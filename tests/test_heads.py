@@ -119,3 +119,98 @@ def test_only_the_positions_that_reach_the_output_count(cuts):
     assert report["head"].rows == 60
     assert (model(ids).argmax(1) == labels).float().mean() > 0.95
     assert report.before.cross_validated.accuracy > 0.9
+
+
+class Streams(nn.Module):
+    """One head for several predictions at each token: the next word is the first or the last, or their mean."""
+
+    def __init__(self, taken: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 32)
+        self.streams = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.head = nn.Linear(32, WORDS)
+        self.taken = taken
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.embedding(input_ids)
+        logits = self.head(torch.stack([stream(x).tanh() for stream in self.streams], 1))
+        return {"first": logits[:, 0], "last": logits[:, 2], "mean": logits.mean(1)}[self.taken]
+
+
+def chain(count: int = 60, length: int = 8) -> Tensor:
+    """Words of which each determines the next."""
+    source = torch.Generator().manual_seed(0)
+    step = torch.randperm(WORDS, generator=source)
+    ids = [torch.randint(WORDS, (count,), generator=source)]
+    for _ in range(length - 1):
+        ids.append(step[ids[-1]])
+    return torch.stack(ids, 1)
+
+
+@pytest.mark.parametrize(("taken", "rows"), [("first", 420), ("last", 420), ("mean", 1260)])
+def test_of_several_streams_of_a_head_those_that_are_the_output_count(taken, rows):
+    ids = chain()
+    torch.manual_seed(0)
+    model = Streams(taken)
+    report = sylinit.initialize_head_(model, [{"input_ids": ids, "labels": ids}])
+    assert report.task == "next-token"
+    assert report["head"].rows == rows
+    assert (model(ids)[:, :-1].argmax(2) == ids[:, 1:]).float().mean() > 0.95
+
+
+class Prefixed(Language):
+    """Tokens of its own come before the text, and the head gives logits there, too."""
+
+    def __init__(self, *, cropped: bool) -> None:
+        super().__init__(tied=False)
+        self.cropped = cropped
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = super().forward(torch.cat([input_ids[:, :3], input_ids], 1))
+        return logits[:, 3:] if self.cropped else logits
+
+
+@pytest.mark.parametrize("cropped", [False, True])
+def test_next_tokens_at_other_places_than_the_logits_are_refused(cropped):
+    with pytest.raises(sylinit.SylinitError, match=r"11 positions.* 8 "):
+        sylinit.initialize_(Prefixed(cropped=cropped), BATCHES)
+
+
+class Patches(nn.Module):
+    """A mask of a picture from a head at each of its patches, flattened."""
+
+    def __init__(self, *, pooled: bool) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(1, 24, 2, 2)
+        self.head = nn.Linear(24, 2)
+        self.pooled = pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.body(x).flatten(2).mT
+        if self.pooled:  # fifteen tokens, which are no grid of the picture's shape
+            tokens = tokens[:, :15]
+            return self.head(tokens).mT.mean(2)[:, :, None, None].expand(-1, -1, 8, 8)
+        return nn.functional.interpolate(self.head(tokens).mT.unflatten(2, (4, 4)), scale_factor=2)
+
+
+def squares() -> tuple[Tensor, Tensor]:
+    """Noise, brighter in some squares of two by two pixels, which are the mask."""
+    source = torch.Generator().manual_seed(0)
+    mask = nn.functional.interpolate((torch.rand(40, 1, 4, 4, generator=source) > 0.5).float(), scale_factor=2)
+    return mask + 0.2 * torch.randn(40, 1, 8, 8, generator=source), mask[:, 0].long()
+
+
+def test_a_head_at_flattened_patches_is_told_the_mask_there():
+    x, mask = squares()
+    torch.manual_seed(0)
+    model = Patches(pooled=False)
+    sylinit.initialize_(model, [(x, mask)])
+    assert (model(x).argmax(1) == mask).float().mean() > 0.95
+
+
+def test_a_head_whose_rows_have_no_place_in_the_mask_is_warned_of():
+    x, mask = squares()
+    model = Patches(pooled=True)
+    with pytest.warns(sylinit.SylinitWarning, match="head 'head': its rows cannot be matched"):
+        report = sylinit.initialize_(model, [(x, mask)])
+    assert report["head"].action == "left alone"

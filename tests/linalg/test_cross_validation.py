@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import sylinit
 from sylinit.codes import HEAD
 from sylinit.config import Config
-from sylinit.linalg.cross_validation import WEIGHTS, least_error_weight
+from sylinit.linalg.cross_validation import FARTHER, WEIGHTS, least_error_weight
 from sylinit.linalg.sylvester import sylvester_
 from sylinit.solvers.exact import fit_exact
 from sylinit.solvers.problem import Problem
@@ -42,6 +42,9 @@ def scaled_code(x: Tensor, y: Tensor) -> Tensor:
     return s * (x - x.mean(0)).square().mean().sqrt() / s.square().mean().sqrt()
 
 
+ALL = torch.cat([WEIGHTS, FARTHER])
+
+
 @pytest.mark.parametrize("noise", [0.1, 1.0, 5.0])
 def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
     x, y = data(noise)
@@ -50,7 +53,7 @@ def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
     centered = x - x.mean(0)
     covariance = centered.T @ centered / COUNT
     errors = []
-    for weight in WEIGHTS.tolist():
+    for weight in ALL.tolist():
         error = 0.0
         for size, code in zip(a, (s @ u).T, strict=True):
             if size < 1e-12:
@@ -60,7 +63,23 @@ def test_the_weight_has_the_least_error_by_hat_matrices_written_out(noise):
             rest = code - hat @ code
             error += float(rest.square().mean()) / (1 - float(hat.trace()) / COUNT) ** 2
         errors.append(error)
-    assert head_weight(x, y) == pytest.approx(float(WEIGHTS[torch.tensor(errors).argmin()]))
+    assert head_weight(x, y) == pytest.approx(float(ALL[torch.tensor(errors).argmin()]))
+
+
+def test_what_tells_the_classes_may_be_far_smaller_than_what_all_rows_share():
+    x, y = data(0.1, count=300)
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(300, 4, generator=generator, dtype=torch.float64)
+    x = torch.cat([1e-4 * x, wide], 1)
+    assert head_weight(x, y) > float(WEIGHTS[-1])
+    model = nn.Linear(DIM + 4, CLASSES).double()
+    sylinit.initialize_head_(model, [(x, y)])
+    assert (model(x).argmax(1) == y).double().mean() == 1
+
+
+def test_rows_that_are_too_few_are_not_explained_altogether():
+    x, y = data(1.0, count=9)
+    assert head_weight(x, y) <= float(WEIGHTS[-1])
 
 
 def test_the_weight_predicts_left_out_rows_about_as_well_as_the_best():

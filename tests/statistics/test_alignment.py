@@ -15,6 +15,7 @@ from sylinit.statistics.alignment import (
     UNKNOWN,
     Layout,
     align,
+    has_positions,
     kept_rows,
     layout_of,
     targets_of_rows,
@@ -224,3 +225,39 @@ def test_rows_of_several_samples_follow_no_pattern(fold, seed):
 def test_no_change_and_all_changed_tell_nothing():
     assert layout_of(torch.zeros(6, 2, dtype=torch.bool), (6, 2), 3, 1) is None
     assert layout_of(torch.ones(6, 2, dtype=torch.bool), (6, 2), 3, 1) is None
+
+
+def test_of_several_streams_each_has_the_targets_of_its_own_positions():
+    vectors = numbers(4, 5, 2)  # at each of five positions
+    lead = (4, 3, 5)
+    assert has_positions((5,), lead, 4, Layout())
+    rows = targets_of_rows(vectors, lead, Layout(), None).view(4, 3, 5, 2)
+    assert torch.equal(rows, vectors.unsqueeze(1).expand(4, 3, 5, 2))
+
+
+@pytest.mark.parametrize("grid", [(6, 9), (2, 3)], ids=["every pixel", "patches"])
+def test_a_flattened_grid_has_the_targets_of_the_picture(grid):
+    vectors = numbers(4, 6, 9, 2)
+    lead = (4, grid[0] * grid[1])
+    assert has_positions((6, 9), lead, 4, Layout())
+    rows = targets_of_rows(vectors, lead, Layout(), None)
+    expected = targets_of_rows(vectors, (4, *grid), Layout(), None)
+    assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize(
+    ("spots", "lead"),
+    [((5,), (4,)), ((5,), (4, 5, 5)), ((5,), (4, 2, 3)), ((6, 9), (4, 7)), ((6, 9), (4, 2, 2, 9))],
+    ids=["pooled", "two alike", "others", "no grid", "a grid of others"],
+)
+def test_rows_at_other_positions_than_the_targets_are_told_the_mean(spots, lead):
+    vectors = numbers(4, *spots, 2)
+    assert not has_positions(spots, lead, 4, Layout())
+    rows = targets_of_rows(vectors, lead, Layout(), None).view(4, -1, 2)
+    assert torch.allclose(rows, vectors.flatten(1, -2).mean(1, keepdim=True))
+
+
+def test_a_mask_of_all_positions_keeps_its_own_rows():
+    mask = numbers(4, 3, 5) > 0
+    assert torch.equal(kept_rows(mask, (4, 3, 5), Layout()), mask.flatten().nonzero().squeeze(1))
+    assert kept_rows(mask, (4, 5, 3), Layout()) is None

@@ -184,7 +184,7 @@ def infer_task(facts: Facts, head: HeadShape, asked: str, classes: int | None) -
         )
     if asked in ("next-token", "reconstruction"):
         found = asked
-    elif asked == "auto" and facts.next_token and head.units > facts.largest and len(head.positions) == 1:
+    elif asked == "auto" and facts.next_token and head.units > facts.largest and head.positions:
         found = "next-token"
     else:
         found = ""
@@ -260,6 +260,12 @@ def _checked(task: Task, facts: Facts, head: HeadShape, classes: int | None) -> 
         SylinitError: a label out of range, or another width.
     """
     units = head.units
+    if task.name == "next-token" and head.positions and facts.shape[0] not in head.positions:
+        raise SylinitError(
+            f"batches: the head {head.name!r} gives logits at {head.positions[-1]} positions of texts of "
+            f"{facts.shape[0]} tokens, so which of them predicts which token is not known; let forward= run a part "
+            "that reads the tokens alone, pass the target of each position by target=, or pass head=None"
+        )
     if task.classes and task.positions and not head.positions and head.name:
         raise SylinitError(
             f"batches: the targets have {task.positions} dimension{'s' if task.positions > 1 else ''} of positions "

@@ -16,6 +16,10 @@ from torch import Tensor
 WEIGHTS = torch.logspace(-4, 4, 65, dtype=torch.float64)
 """Encoding weights that are compared: eight a decade."""
 
+FARTHER = torch.logspace(4, 10, 25, dtype=torch.float64)[1:]
+"""Those that are compared, too, where rows are more than their axes: what tells the targets apart may be a
+ten-thousandth of the rows' deviation, beside directions that all rows share."""
+
 
 def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tensor, chunk: int = 1 << 22) -> float:
     """The encoding weight lambda of least generalized cross-validation error.
@@ -32,7 +36,7 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
         chunk: numbers that are formed at once.
 
     Returns:
-        One weight for all units: the smallest of `WEIGHTS` where several are best.
+        One weight for all units: the smallest where several are best.
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*,
     Technometrics 1979.
@@ -40,7 +44,9 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
     a, v = a.clamp(min=0), variances.clamp(min=0).unsqueeze(1)
     tiny = torch.finfo(v.dtype).tiny
     explained = torch.where(v > 0, cross.square() / v.clamp(min=tiny), 0)  # of code i by axis j, without shrinkage
-    weights, errors = WEIGHTS.to(v), []
+
+    plenty = bool((count > v.shape[2] + 1).all())  # few rows are explained altogether as the weight grows
+    weights, errors = (torch.cat([WEIGHTS, FARTHER]) if plenty else WEIGHTS).to(v), []
     for some in weights.split(max(1, chunk // explained.numel())):
         sizes = some.view(-1, 1, 1, 1) * v
         kept = sizes / (sizes + a.unsqueeze(2)).clamp_(min=tiny)  # lambda v / (a + lambda v), [w, g, k, r]

@@ -87,7 +87,8 @@ def find_heads(
     facts = data.facts()
     makers = chosen or _makers_of_output(views, trace)
     if facts is None:
-        return _reconstruction(makers, head, task, data, trace)
+        heads = _reconstruction(makers, head, task, data, trace)
+        return heads if heads.goals or head is None else replace(heads, notes=_all_ignored(data))
     if head is None:
         return _told_only(views, makers, task, classes, data, trace)
     if not chosen and not facts.real:
@@ -106,6 +107,15 @@ def find_heads(
         asked_for = chosen or facts.real or classes is not None
         return replace(_heads(goals), notes=() if asked_for else _width_note(goals, int(facts.largest) + 1))
     return _none_found(views, makers, failure, facts, task, classes, data, trace)
+
+
+def _all_ignored(data: CalibrationSet) -> tuple[str, ...]:
+    """Warn, and note, that there are labels of which none counts."""
+    if not any(batch.targets for batch in data.batches):
+        return ()
+    note = f"no head was computed: every label is {data.ignore_index}, which ignore_index= says to ignore"
+    warn(note)
+    return (note,)
 
 
 def _not_too_wide(

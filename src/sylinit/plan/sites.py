@@ -46,7 +46,8 @@ class Context:
         transaction: told of what is to stay.
         layouts: where samples were seen to lie, by the name of the view.
         positions: of heads of which one position a sample reaches the model's output, by the name of the view and by
-            batch: bool ``[samples, length]``; None where that was not seen.
+            batch: bool ``[samples, length]``, or ``[samples, ...]`` where one of several streams does; None where that
+            was not seen.
         promises: filled with what each head's solution promises, by the name of the view.
     """
 
@@ -163,7 +164,7 @@ class MatrixSite:
         if rows is None:
             return self.left_alone("it has met fewer than two rows of input, from which no layer can be computed")
         if self.is_head and not rows.width:
-            reason = "its rows cannot be matched to samples, so its targets cannot be told"
+            reason = "its rows cannot be matched to samples and positions, so its targets cannot be told"
             warn(f"head {self.name!r}: {reason}; let forward= give it rows in the order of the samples")
             return self.left_alone(reason)
         code, note = self._code(rows)

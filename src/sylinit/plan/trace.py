@@ -80,7 +80,8 @@ class Trace:
         sample_bytes: of the largest output of a module, for each sample.
         entries: modules that read the model's input before any layer has changed it.
         made: names of modules that the forward pass created.
-        picked: modules that give outputs at each position, of which the model's output is one for each sample.
+        picked: modules that give outputs at each position, of which the model's output is one for each sample, or in
+            several streams, of which it is one.
     """
 
     seen: dict[str, int] = field(default_factory=dict)
@@ -151,20 +152,36 @@ def picked(given: Tensor | None, output: Tensor) -> Tensor | None:
     """The positions whose outputs the model's output consists of.
 
     Args:
-        given: what a module gave, ``[n, length, k]``.
-        output: the model's output, ``[n, k]``.
+        given: what a module gave, ``[n, length, k]``, or ``[n, ..., k]`` with several streams in one of the dimensions.
+        output: the model's output, ``[n, k]``, or of one stream.
 
     Returns:
-        Bool ``[n, length]``, true at one position of each sample, the last where several are equal; None where a
-        sample's output is at none, or where there is nothing to choose from.
+        Bool ``[n, length]``, true at one position of each sample, the last where several are equal; ``[n, ...]`` with
+        one stream true; None where the output is at none of them, or where there is nothing to choose from.
     """
-    if given is None or given.ndim != 3 or output.shape != (len(given), given.shape[2]) or given.shape[1] < 2:
+    if given is None or given.ndim < 3 or output.ndim != given.ndim - 1 or output.shape[-1] != given.shape[-1]:
+        return None
+    if given.ndim > 3:
+        return _picked_stream(given, output)
+    if len(output) != len(given) or given.shape[1] < 2:
         return None
     same = (given.to(output.dtype) == output.unsqueeze(1)).all(2)
     if not bool(same.any(1).all()) or bool(same.all()):
         return None
     last = same.shape[1] - 1 - same.flip(1).long().argmax(1)
     return torch.zeros_like(same).scatter(1, last.unsqueeze(1), True)
+
+
+def _picked_stream(given: Tensor, output: Tensor) -> Tensor | None:
+    """The stream, ``[n, ...]``, that the model's output is; None where there is none, or all are alike."""
+    for dim in range(1, given.ndim - 1):
+        streams = given.unbind(dim)
+        same = [stream.shape == output.shape and torch.equal(stream.to(output.dtype), output) for stream in streams]
+        if any(same) and not all(same):
+            mask = torch.zeros(given.shape[:-1], dtype=torch.bool, device=given.device)
+            mask.select(dim, same.index(True)).fill_(True)
+            return mask
+    return None
 
 
 def picked_positions(module: nn.Module, run: Callable[[], Any]) -> Tensor | None:

@@ -106,7 +106,8 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
     """The target of each of a layer's rows.
 
     A target for the whole sample goes to all of its rows; a target for each position (token, pixel) to the row at the
-    nearest position; a layer without such positions gets the mean over positions.
+    nearest position; a layer without such positions gets the mean over positions, which is nothing for a head
+    (`has_positions`).
 
     Args:
         vectors: ``[batch, *target positions, c]``.
@@ -123,26 +124,70 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
     sample, places, sizes = layout.locate(lead, samples, index.to(vectors.device))
     if not spots:
         return vectors[sample]
-    if len(spots) != len(sizes):
+    nearest = _nearest(spots, places, sizes)
+    if nearest is None:
         return vectors.flatten(1, -2).nanmean(1)[sample]
-    nearest = [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
     place = (sample, *nearest)
     return vectors[place]
+
+
+def has_positions(spots: tuple[int, ...], lead: tuple[int, ...], samples: int, layout: Layout) -> bool:
+    """Whether each of a layer's rows is at one of the targets' positions.
+
+    Args:
+        spots: sizes of the targets' positions; none for one target a sample.
+        lead: the leading dimensions of the layer's input.
+        samples: of the batch.
+        layout: where the samples lie in them.
+    """
+    _, places, sizes = layout.locate(lead, samples, torch.zeros(1, dtype=torch.long))
+    return _nearest(list(spots), places, sizes) is not None
+
+
+def _nearest(spots: list[int], places: list[Tensor], sizes: list[int]) -> list[Tensor] | None:
+    """The targets' position nearest to each row; None where the rows have other kinds of positions.
+
+    The rows have as many dimensions, coarser or finer; or more, of which those of the targets' sizes count (streams,
+    heads beside each other); or a flattened grid of the targets' shape.
+
+    Args:
+        spots: sizes of the targets' positions.
+        places: the rows' own coordinates beside their sample.
+        sizes: of these.
+    """
+    if len(sizes) > len(spots):
+        found = [i for i, size in enumerate(sizes) if size in spots]
+        places, sizes = [places[i] for i in found], [sizes[i] for i in found]
+        if spots and sizes != spots:
+            return None
+    elif len(sizes) == 1 and len(spots) == 2:
+        height = round((sizes[0] * spots[0] / spots[1]) ** 0.5)
+        width = sizes[0] // max(height, 1)
+        if height * width != sizes[0] or height * spots[1] != width * spots[0]:
+            return None
+        places, sizes = [places[0] // width, places[0] % width], [height, width]
+    if len(sizes) != len(spots):
+        return None
+    return [place * spot // size for place, spot, size in zip(places, spots, sizes, strict=True)]
 
 
 def kept_rows(mask: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor | None:
     """The rows that hold data rather than padding.
 
     Args:
-        mask: bool ``[samples, length]``, true where there is data.
+        mask: bool ``[samples, length]``, true where there is data, or ``[samples, ...]`` with all positions.
         lead: the leading dimensions of the layer's input.
         layout: where the samples lie in them.
 
     Returns:
         Increasing int64 row numbers, or None where no dimension of the rows is the sequence's.
     """
-    samples, length = mask.shape
+    samples, *lengths = mask.shape
     sample, places, sizes = layout.locate(lead, samples, torch.arange(math.prod(lead), device=mask.device))
+    if len(lengths) > 1:
+        place = (sample, *places)
+        return mask[place].nonzero().squeeze(1) if sizes == lengths else None
+    length = lengths[0]
     if sizes.count(length) != 1:
         return None
     return mask[sample, places[sizes.index(length)]].nonzero().squeeze(1)

@@ -14,7 +14,7 @@ from sylinit.errors import SylinitError
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
 from sylinit.runtime.processes import Processes
-from sylinit.statistics.alignment import Layout, align, kept_rows, targets_of_rows
+from sylinit.statistics.alignment import Layout, align, has_positions, kept_rows, targets_of_rows
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
 from sylinit.statistics.patch_moments import equal_cost_share, patch_moments, serves
 
@@ -53,6 +53,15 @@ class Known:
         mean, missing = self.mean.to(targets), targets.isnan()
         complete = mean + (targets - mean) / self.share.to(targets).clamp(min=1e-9)
         return torch.where(missing, mean, complete if self.labeled_only else targets)
+
+    def matched(self, batch: int, lead: tuple[int, ...], layout: Layout | None) -> Layout | None:
+        """Where a batch's samples lie in the rows; None where that, or a head's position, cannot be told."""
+        samples = self.sizes[batch]
+        found = align(lead, samples, layout)
+        if found is None or not (self.labeled_only and self.vectors):
+            return found
+        spots = tuple(self.vectors[batch].shape[1:-1])
+        return found if has_positions(spots, lead, samples, found) else None
 
     def kept(self, batch: int, lead: tuple[int, ...], layout: Layout | None) -> Tensor | None:
         """The rows of a batch that hold data, and a label if that is asked for; None for all."""
@@ -211,7 +220,7 @@ def collect(
     """
     shapes = {batch: view.positions(x) for batch, x in waiting.items()}
     leads = {batch: (samples, *positions) for batch, (samples, positions) in shapes.items()}
-    layouts = {batch: align(leads[batch], known.sizes[batch], layout) for batch in waiting}
+    layouts = {batch: known.matched(batch, leads[batch], layout) for batch in waiting}
     kept = {batch: known.kept(batch, leads[batch], layouts[batch]) for batch in waiting}
     lengths = {b: math.prod(leads[b]) if (rows := kept[b]) is None else len(rows) for b in waiting}
     short = all(kept[batch] is None and serves(view, x) for batch, x in waiting.items())
