@@ -120,7 +120,7 @@ class Reader:
         kwargs: dict[str, Any] = {}
         found = {name: self._target(raw, spec, number) for name, spec in self.targets.items()}
         if isinstance(raw, Mapping):
-            kwargs = dict(raw)
+            kwargs = {key: value for key, value in raw.items() if not self._is_only_target(key)}
         elif isinstance(raw, (tuple, list)):
             if len(raw) == 0:
                 raise SylinitError(f"batches: batch {number} is an empty {type(raw).__name__}; expected x or (x, y)")
@@ -201,6 +201,13 @@ class Reader:
         """Whether the model needs a key of that name, so that it is no target."""
         parameter = inspect.signature(self.model.forward).parameters.get(key)
         return parameter is not None and parameter.default is parameter.empty and not self.custom
+
+    def _is_only_target(self, key: Any) -> bool:
+        """Whether `target=` or `head=` names this key and the model takes no argument of that name."""
+        if self.custom or not isinstance(key, str) or key not in (s for s in self.targets.values() if type(s) is str):
+            return False
+        parameters = inspect.signature(self.model.forward).parameters
+        return key not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
 
     def _mask(self, raw: Any, samples: int) -> Tensor | None:
         """Which places of each sequence hold data, as far as the batch says."""
