@@ -9,10 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.presets import PRESETS
 from studies.resume import as_run
+from sylinit.comparison.figures import style
 from sylinit.comparison.plan import Comparison, read
 from sylinit.comparison.statistics import paired
 from sylinit.comparison.store import Store
@@ -300,8 +302,74 @@ def draw_tasks() -> Figure:
     return figure
 
 
+SHOWN = {
+    "sylinit": "sylinit",
+    "pca-whitening": "PCA whitening",
+    "he-normal": "He",
+    "lsuv": "LSUV",
+    "orthogonal": "orthogonal",
+    "pytorch": "PyTorch's default",
+}
+"""The initializations that figures show, by the names that they have there."""
+
+
+def over_labels(title: str) -> tuple[Figure, Axes]:
+    """An empty figure of accuracy over the number of labels, in letters that a phone can show."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
+    axes.set_xscale("log")
+    axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS], minor=False)
+    axes.minorticks_off()
+    axes.set_xlabel("labeled images of each class", fontsize=11)
+    axes.set_ylabel("test accuracy (%)", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def curve(axes: Axes, found: Sequence[Row], metric: str, label: str, **look: Any) -> None:
+    """One initialization over the numbers of labels, with its 95 % intervals."""
+    values = [row.interval(metric) for row in found]
+    mean, half = ([100 * getattr(each, name) for each in values] for name in ("mean", "half"))
+    axes.errorbar(SHOTS, mean, half, label=label, capsize=3, elinewidth=0.9, **look)
+
+
+def draw_after(data: str, model: str) -> Figure:
+    """Accuracy after training."""
+    figure, axes = over_labels(f"After training: {DATA[data]}, {NETWORKS[model]}")
+    columns = [methods("fewshot", data, model, shots) for shots in SHOTS]
+    looks = style(list(SHOWN))
+    for name, label in SHOWN.items():
+        curve(axes, [column[name] for column in columns], "after", label, **looks[name])
+    axes.legend(frameon=False, fontsize=11)
+    return figure
+
+
+def draw_before(data: str, model: str) -> Figure:
+    """The computed network without training beside the best random one after it."""
+    figure, axes = over_labels(f"Computed, against random and trained: {DATA[data]}, {NETWORKS[model]}")
+    columns = [methods("fewshot", data, model, shots) for shots in SHOTS]
+    best = [best_random(column) for column in columns]
+    ours, other = style([OURS, "he-normal"]).values()
+    curve(axes, [column[OURS] for column in columns], "before", "sylinit, no training step", **ours)
+    curve(axes, best, "after", "best random one, trained", **other)
+    curve(axes, best, "before", "best random one, no training step", **other, linestyle=":", alpha=0.7)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=11)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "before": functools.partial(draw_before, "cifar10", "cnn"),
+    "after": functools.partial(draw_after, "cifar10", "cnn"),
+    "tasks": draw_tasks,
+}
+"""Each figure, by the name of its file."""
+
+
 def write(folder: Path) -> dict[str, str]:
-    """Write every table to a file of its own, and the figure of the tasks, and return the numbers.
+    """Write every table to a file of its own, and every figure, and return the numbers.
 
     Args:
         folder: where the files go.
@@ -309,5 +377,6 @@ def write(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     for name, make in TABLES.items():
         (folder / f"{name}.md").write_text(make(), encoding="utf-8")
-    draw_tasks().savefig(folder / "tasks.png", dpi=150)
-    return numbers()
+    for name, draw in FIGURES.items():
+        draw().savefig(folder / f"{name}.png", dpi=150)
+    return {name: found.replace(" ", "\N{NO-BREAK SPACE}") for name, found in numbers().items()}
