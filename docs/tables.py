@@ -25,6 +25,9 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SHOTS = (5, 10, 20, 50, 100, 500)
 """Labeled images of each class in the study of few labels."""
 
+TUNED = (10, 20, 50)
+"""The same in the study of fine-tuning."""
+
 WHITENING = ("pca-whitening", "pca-whitening-rescaled")
 OURS = "sylinit"
 
@@ -121,9 +124,8 @@ def full_set() -> str:
 
 def fine_tuning(data: str) -> str:
     """Each way to begin a fine-tuning, before and after."""
-    counts = (10, 20, 50)
-    columns = [methods("finetune", data, "cnn", shots) for shots in counts]
-    header = ["start", *(f"{n}, {when}" for n in counts for when in ("before", "after"))]
+    columns = [methods("finetune", data, "cnn", shots) for shots in TUNED]
+    header = ["start", *(f"{n}, {when}" for n in TUNED for when in ("before", "after"))]
     body = []
     for name in columns[0]:
         cells = [
@@ -261,7 +263,7 @@ def numbers() -> dict[str, str]:
                     f"{key}_lead_whitened": lead(mine, whitened).removeprefix("+"),
                 }
     for data, name in (("cifar10", "near"), ("digits", "far")):
-        for shots in (10, 20, 50):
+        for shots in TUNED:
             cell = methods("finetune", data, "cnn", shots)
             for start, row in cell.items():
                 key = f"{name}_{shots}_{start.replace('-', '_').replace(' ', '_')}"
@@ -313,13 +315,13 @@ SHOWN = {
 """The initializations that figures show, by the names that they have there."""
 
 
-def over_labels(title: str) -> tuple[Figure, Axes]:
+def over_labels(title: str, counts: Sequence[int] = SHOTS) -> tuple[Figure, Axes]:
     """An empty figure of accuracy over the number of labels, in letters that a phone can show."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
     axes.set_xscale("log")
-    axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS], minor=False)
+    axes.set_xticks(counts, [str(shots) for shots in counts], minor=False)
     axes.minorticks_off()
     axes.set_xlabel("labeled images of each class", fontsize=11)
     axes.set_ylabel("test accuracy (%)", fontsize=11)
@@ -332,7 +334,8 @@ def curve(axes: Axes, found: Sequence[Row], metric: str, label: str, **look: Any
     """One initialization over the numbers of labels, with its 95 % intervals."""
     values = [row.interval(metric) for row in found]
     mean, half = ([100 * getattr(each, name) for each in values] for name in ("mean", "half"))
-    axes.errorbar(SHOTS, mean, half, label=label, capsize=3, elinewidth=0.9, **look)
+    counts = [row.method.shots for row in found]
+    axes.errorbar(counts, mean, half, label=label, capsize=3, elinewidth=0.9, **look)
 
 
 def draw_after(data: str, model: str) -> Figure:
@@ -360,9 +363,21 @@ def draw_before(data: str, model: str) -> Figure:
     return figure
 
 
+def draw_fine_tuning() -> Figure:
+    """Accuracy after fine-tuning, of the ways to begin it that differ."""
+    figure, axes = over_labels("After fine-tuning: CIFAR-10, classes 0-4 to 5-9, CNN", TUNED)
+    columns = [methods("finetune", "cifar10", "cnn", shots) for shots in TUNED]
+    looks = style(["sylinit head", "sylinit all", "LP-FT", "random head"])
+    for name, look in looks.items():
+        curve(axes, [column[name] for column in columns], "after", name, **look)
+    axes.legend(frameon=False, fontsize=11, loc="lower right")
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "before": functools.partial(draw_before, "cifar10", "cnn"),
     "after": functools.partial(draw_after, "cifar10", "cnn"),
+    "fine-tuning": draw_fine_tuning,
     "tasks": draw_tasks,
 }
 """Each figure, by the name of its file."""
