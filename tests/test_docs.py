@@ -149,3 +149,21 @@ def test_tables_and_numbers_of_the_results_pages_come_from_the_results(tables: t
         typed = re.findall(r"\d+\.\d(?: ± \d+\.\d)?", text)
         assert not typed, f"{page.name}: {typed} are typed by hand"
     assert "| 48.8 ± 1.3 |" in (folder / "after-cifar10-cnn.md").read_text().replace("*", "")
+
+
+def test_the_check_of_the_built_site_finds_what_is_broken(tmp_path: Path) -> None:
+    sys.path.insert(0, str(DOCS))
+    try:
+        from check_site import check
+    finally:
+        sys.path.remove(str(DOCS))
+    (tmp_path / "other.html").write_text('<h1 id="there">Other</h1>')
+    page = tmp_path / "index.html"
+    page.write_text('<a href="other.html#there"></a><a href="https://example.org"></a><a href="#top" id="top"></a>')
+    assert check(tmp_path) == []
+    page.write_text('<a href="gone.html"></a><a href="other.html#gone"></a><script src="https://example.org/x.js">')
+    (tmp_path / "site.css").write_text("@import url(https://example.org/font.css);")
+    found = "\n".join(check(tmp_path))
+    for wrong in ("gone.html does not exist", "other.html#gone has no such anchor", "loads https://example.org/x.js"):
+        assert wrong in found
+    assert "site.css: loads https://example.org/font.css" in found
