@@ -1,4 +1,7 @@
-"""Tables and numbers of the results pages, made from the files in `benchmarks/results` whenever the site is built."""
+"""Tables, figures and numbers of the results pages, made from `benchmarks/results` whenever the site is built.
+
+`python docs/tables.py` draws the one figure that is stored, that of the README.
+"""
 
 from __future__ import annotations
 
@@ -315,10 +318,8 @@ SHOWN = {
 """The initializations that figures show, by the names that they have there."""
 
 
-def over_labels(title: str, counts: Sequence[int] = SHOTS) -> tuple[Figure, Axes]:
-    """An empty figure of accuracy over the number of labels, in letters that a phone can show."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
+def over_labels(axes: Axes, title: str, counts: Sequence[int] = SHOTS) -> None:
+    """Axes of accuracy over the number of labels, in letters that a phone can show."""
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(shots) for shots in counts], minor=False)
@@ -327,57 +328,70 @@ def over_labels(title: str, counts: Sequence[int] = SHOTS) -> tuple[Figure, Axes
     axes.set_ylabel("test accuracy (%)", fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def curve(axes: Axes, found: Sequence[Row], metric: str, label: str, **look: Any) -> None:
     """One initialization over the numbers of labels, with its 95 % intervals."""
     values = [row.interval(metric) for row in found]
     mean, half = ([100 * getattr(each, name) for each in values] for name in ("mean", "half"))
-    counts = [row.method.shots for row in found]
+    counts = [row.method.shots or 0 for row in found]
     axes.errorbar(counts, mean, half, label=label, capsize=3, elinewidth=0.9, **look)
 
 
-def draw_after(data: str, model: str) -> Figure:
+def show_after(axes: Axes, data: str, model: str) -> None:
     """Accuracy after training."""
-    figure, axes = over_labels(f"After training: {DATA[data]}, {NETWORKS[model]}")
+    over_labels(axes, f"After training: {DATA[data]}, {NETWORKS[model]}")
     columns = [methods("fewshot", data, model, shots) for shots in SHOTS]
     looks = style(list(SHOWN))
     for name, label in SHOWN.items():
         curve(axes, [column[name] for column in columns], "after", label, **looks[name])
     axes.legend(frameon=False, fontsize=11)
-    return figure
 
 
-def draw_before(data: str, model: str) -> Figure:
+def show_before(axes: Axes, data: str, model: str) -> None:
     """The computed network without training beside the best random one after it."""
-    figure, axes = over_labels(f"Computed, against random and trained: {DATA[data]}, {NETWORKS[model]}")
+    over_labels(axes, f"Before training: {DATA[data]}, {NETWORKS[model]}")
     columns = [methods("fewshot", data, model, shots) for shots in SHOTS]
     best = [best_random(column) for column in columns]
     ours, other = style([OURS, "he-normal"]).values()
     curve(axes, [column[OURS] for column in columns], "before", "sylinit, no training step", **ours)
-    curve(axes, best, "after", "best random one, trained", **other)
     curve(axes, best, "before", "best random one, no training step", **other, linestyle=":", alpha=0.7)
+    curve(axes, best, "after", "best random one, trained", **other)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=11)
-    return figure
 
 
-def draw_fine_tuning() -> Figure:
+def show_fine_tuning(axes: Axes) -> None:
     """Accuracy after fine-tuning, of the ways to begin it that differ."""
-    figure, axes = over_labels("After fine-tuning: CIFAR-10, classes 0-4 to 5-9, CNN", TUNED)
+    over_labels(axes, "After fine-tuning: CIFAR-10, classes 0-4 to 5-9, CNN", TUNED)
     columns = [methods("finetune", "cifar10", "cnn", shots) for shots in TUNED]
     looks = style(["sylinit head", "sylinit all", "LP-FT", "random head"])
     for name, look in looks.items():
         curve(axes, [column[name] for column in columns], "after", name, **look)
     axes.legend(frameon=False, fontsize=11, loc="lower right")
+
+
+def drawn(*panels: Callable[[Axes], None]) -> Figure:
+    """A figure with these panels side by side."""
+    figure = Figure(figsize=(0.4 + 6.6 * len(panels), 4.6), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        panel(figure.add_subplot(1, len(panels), place))
+    return figure
+
+
+def draw_overview() -> Figure:
+    """Before and after training with few labels: the figure of the README and of the first page."""
+    panels = [functools.partial(show, data="cifar10", model="cnn") for show in (show_before, show_after)]
+    figure = drawn(*panels)
+    for axes in figure.axes:
+        axes.set_ylim(0, 70)
     return figure
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "before": functools.partial(draw_before, "cifar10", "cnn"),
-    "after": functools.partial(draw_after, "cifar10", "cnn"),
-    "fine-tuning": draw_fine_tuning,
+    "before": lambda: drawn(functools.partial(show_before, data="cifar10", model="cnn")),
+    "after": lambda: drawn(functools.partial(show_after, data="cifar10", model="cnn")),
+    "fine-tuning": lambda: drawn(show_fine_tuning),
     "tasks": draw_tasks,
 }
 """Each figure, by the name of its file."""
@@ -395,3 +409,7 @@ def write(folder: Path) -> dict[str, str]:
     for name, draw in FIGURES.items():
         draw().savefig(folder / f"{name}.png", dpi=150)
     return {name: found.replace(" ", "\N{NO-BREAK SPACE}") for name, found in numbers().items()}
+
+
+if __name__ == "__main__":
+    draw_overview().savefig(Path(__file__).parent / "static" / "few-labels.png", dpi=110)
