@@ -168,6 +168,15 @@ def test_batchnorm_has_the_pooled_statistics_of_its_own_input():
         assert torch.allclose(module.running_var, seen[name].var((0, 2, 3)), rtol=1e-4)
 
 
+def test_a_report_is_walked_through_layer_by_layer_and_read_by_name():
+    report = sylinit.initialize_(small_mlp(), [vectors()])
+    assert [layer.name for layer in report] == [layer.name for layer in report.layers] != []
+    assert len(report) == len(report.layers)
+    assert all(report[layer.name] is layer for layer in report)
+    assert report.layers[0].name in report
+    assert "no such layer" not in report
+
+
 def test_only_selected_layers_change_and_statistics_after_them():
     x, y = images()
     model = small_resnet()

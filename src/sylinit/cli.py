@@ -312,7 +312,8 @@ def compare(
     tuning, lacking = len(plan.tuning()), len(missing(plan, store))
 
     def kept() -> str:
-        done = len(plan) - len(missing(plan, store))
+        stored = Store(store.path)  # Ctrl-C may come between the disk and `store`
+        done = len(plan) - len(missing(plan, stored))
         return f"{done} of {len(plan)} runs are kept in {store.path}; the same command goes on from there"
 
     with stoppable(kept):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +106,18 @@ class Report:
             if layer.name == name:
                 return layer
         raise KeyError(f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}")
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        """The records of all layers, in the order of `layers`."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a layer of this name has a record."""
+        return any(layer.name == name for layer in self.layers)
 
     def __str__(self) -> str:
         """A table for a terminal, one line a layer."""

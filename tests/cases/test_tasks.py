@@ -729,6 +729,16 @@ def test_two_heads_get_two_targets(form, size):
     assert accuracy(second, b) >= readout_accuracy(features, b) - POINTS
 
 
+def test_keys_that_are_named_as_targets_do_not_reach_a_model_that_takes_no_such_argument():
+    x, a, b = two_tasks()
+    model = TwoTasks()
+    served(model, [{"x": x, "kind": a, "size": b}], head={"first": "kind", "second": "size"})
+    assert accuracy(run(model, x)[0], a) > 0.95
+    single = nn.Sequential(nn.Linear(x.shape[1], 32), nn.ReLU(), nn.Linear(32, int(a.max()) + 1))
+    served(single, [{"input": x, "kind": a}], target="kind")
+    assert accuracy(run(single, x), a) > 0.95
+
+
 def test_a_classifier_and_a_regression_share_a_body():
     x, y, _ = two_tasks()
     values = torch.stack([x[:, 0] + x[:, 1], x[:, 2] - x[:, 3]], 1)

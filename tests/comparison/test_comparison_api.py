@@ -176,7 +176,7 @@ def test_the_demo_says_so_if_there_is_no_crossing_and_if_the_computed_network_is
     finding = _finding(0.96, [0.1, 0.5, 0.9, 0.92, 0.95])
     assert finding.crossing is None
     assert "trained for 200 steps from random weights" in finding.sentence
-    assert finding.sentence.endswith("it ends at 95.0%.")
+    assert finding.sentence.endswith("the same network ends at 95.0%.")
     texts = [text.get_text() for text in draw([finding]).axes[0].texts]
     assert "not reached in 200 steps" in texts
     behind = _finding(0.3, [0.1, 0.5, 0.9, 0.92, 0.95])

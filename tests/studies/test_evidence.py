@@ -97,7 +97,7 @@ def initialization_of(line: str) -> str:
     return label[1] if label and label[1] in INITIALIZATIONS else ""
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/studies.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/method.md", "docs/studies.md"])
 def test_every_interval_follows_from_the_results(page: str, known: dict[str, set[str]]) -> None:
     wrong = [
         f"{page}:{number}: {figure} {name}".rstrip()

@@ -85,7 +85,7 @@ def stories(shots: int) -> list[Story]:
             "cnn",
             shots,
             20,
-            ("pytorch", "he-normal", "orthogonal"),
+            ("pytorch", "he-normal"),
         )
     ]
     if importlib.util.find_spec("aeon") is not None:
@@ -137,12 +137,10 @@ class Finding:
         first = f"Computed in {self.seconds:.1f} s without a training step, the network {self.story.what}".format(
             score=score
         )
+        trained = f"from random weights ({name}), the same network"
         if self.crossing is None:
-            return f"{first}; trained for {self.steps} steps from random weights ({name}) it ends at {after:.1%}."
-        return (
-            f"{first}; trained from random weights ({name}) it takes {self.crossing} steps to get there, and ends at "
-            f"{after:.1%}."
-        )
+            return f"{first}; trained for {self.steps} steps {trained} ends at {after:.1%}."
+        return f"{first}; trained {trained} takes {self.crossing} steps to get there, and ends at {after:.1%}."
 
     @property
     def details(self) -> str:

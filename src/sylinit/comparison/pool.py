@@ -69,7 +69,8 @@ def one_by_one(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tup
 def _side_by_side(
     executor: ProcessPoolExecutor, work: Callable[[Any], Any], items: Iterable[Any]
 ) -> Iterator[tuple[Any, Any]]:
-    running = {executor.submit(work, item): item for item in items}
+    with _without_interrupts():  # which the processes that are started here inherit
+        running = {executor.submit(work, item): item for item in items}
     for future in as_completed(running):
         error = future.exception()
         if isinstance(error, BrokenProcessPool):
@@ -80,11 +81,24 @@ def _side_by_side(
         yield running[future], error or future.result()
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back: it reaches all processes of a terminal, and the first one decides."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(lifeline: Connection, start_worker: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     if start_worker is not None:
         start_worker()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
 
 

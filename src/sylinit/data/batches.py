@@ -122,7 +122,7 @@ class Reader:
         kwargs: dict[str, Any] = {}
         found = {name: self._target(raw, spec, number) for name, spec in self.targets.items()}
         if isinstance(raw, Mapping):
-            kwargs = dict(raw)
+            kwargs = {key: value for key, value in raw.items() if not self._is_only_target(key)}
         elif isinstance(raw, (tuple, list)):
             if len(raw) == 0:
                 raise SylinitError(f"batches: batch {number} is an empty {type(raw).__name__}; expected x or (x, y)")
@@ -201,13 +201,18 @@ class Reader:
 
     def _unused(self, batch: Batch) -> list[str]:
         """Keys of a mapping that are neither input of the model nor target nor mask."""
-        known = {*TARGET_KEYS, *MASKS, "src_key_padding_mask", self.mask, *filter(_is_key, self.targets.values())}
+        known = {*TARGET_KEYS, *MASKS, "src_key_padding_mask", self.mask}
         return [key for key in batch.kwargs if not (self.custom or key in known or _takes(self.model, key))]
 
     def _is_input(self, key: str) -> bool:
         """Whether the model needs a key of that name, so that it is no target."""
         parameter = inspect.signature(self.model.forward).parameters.get(key)
         return parameter is not None and parameter.default is parameter.empty and not self.custom
+
+    def _is_only_target(self, key: Any) -> bool:
+        """Whether `target=` or `head=` names this key, and the model takes no argument of that name."""
+        named = [spec for spec in self.targets.values() if isinstance(spec, str)]
+        return key in named and not (self.custom or _takes(self.model, key))
 
     def _mask(self, raw: Any, samples: int) -> Tensor | None:
         """Which places of each sequence hold data, as far as the batch says."""
@@ -447,10 +452,6 @@ def _form(target: Tensor) -> tuple[bool, int, int]:
     """What targets must agree in: class indices may come at any number of positions, values in one width."""
     real = target.is_floating_point()
     return real, target.ndim, target.shape[-1] if real and target.ndim == 2 else 0
-
-
-def _is_key(spec: Any) -> bool:
-    return isinstance(spec, str)
 
 
 def _describe(value: Any) -> str:
