@@ -1,13 +1,14 @@
 """Recipes: what happens to each kind of layer before the head. ``code="auto"`` chooses among them.
 
 A recipe is a rule from a layer to its latent code, or None where the layer keeps the weights that it came with. All of
-them compute the head.
+them compute the head. ``code="half"``, or any other name here, is that recipe and one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -54,3 +55,8 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 """By name, the model's own body first."""
+
+
+def recipe_named(code: Any) -> Recipe | None:
+    """The recipe that a ``code=`` names; None where it names a registered code, or no recipe."""
+    return RECIPES.get(code) if isinstance(code, str) and code not in CODES else None
