@@ -242,13 +242,16 @@ def _initialize(
                 torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
-                    context = Context(data, config, processes, transaction, seen.layouts)
+
+                    def plan_of(code: Any) -> Plan:
+                        return make_plan(model, inventory, seen, replace(wish, code=code), data, config)
+
+                    plan = plan_of(wish.code)
+                    positions = _picked(plan, seen, data, transaction, processes, call)
+                    context = Context(data, config, processes, transaction, seen.layouts, positions)
                     if wish.code == "auto":
-                        choice = choose(model, inventory, seen, wish, context, reader, call)
-                        wish = replace(wish, code=choice.recipe)
-                        notes = (choice.note,)
-                    plan = make_plan(model, inventory, seen, wish, data, config)
-                    context = replace(context, positions=_picked(plan, seen, data, transaction, processes, call))
+                        choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
+                        plan, notes = choice.plan, choice.notes
                     run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)
                 before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))

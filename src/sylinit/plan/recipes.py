@@ -29,8 +29,11 @@ class Recipe:
     rule: Rule
 
 
+HALF = mixed(0.5)
+
+
 def _half(view: LayerView, entry: bool) -> Code | None:
-    return mixed(0.5) if not isinstance(view, ConvView) else CODES["mixed"]
+    return HALF if not isinstance(view, ConvView) else CODES["mixed"]
 
 
 def _own_attention(view: LayerView, entry: bool) -> Code | None:
@@ -56,7 +59,12 @@ RECIPES: dict[str, Recipe] = {
 }
 """By name, the model's own body first."""
 
+FALLBACK = RECIPES["mixed"]
+"""What ``code="auto"`` takes where recipes cannot be tried."""
+
 
 def recipe_named(code: Any) -> Recipe | None:
-    """The recipe that a ``code=`` names; None where it names a registered code, or no recipe."""
+    """The recipe that a ``code=`` names, `FALLBACK` for "auto"; None for a registered code, or no recipe."""
+    if isinstance(code, str) and code == "auto":
+        return FALLBACK
     return RECIPES.get(code) if isinstance(code, str) and code not in CODES else None
