@@ -85,8 +85,9 @@ RULES: dict[str, Callable[[str], str]] = {
     "own": lambda task: "own",
     "mixed": lambda task: "mixed",
     "half": lambda task: "half",
-    "pca": lambda task: "pca",
-    "half, own below LayerNorm": lambda task: "own" if task.rpartition("/")[2] in LAYER_NORM else "half",
+    "first": lambda task: "first",
+    "half; own with LayerNorm": lambda task: "own" if task.rpartition("/")[2] in LAYER_NORM else "half",
+    "half; first with LayerNorm": lambda task: "first" if task.rpartition("/")[2] in LAYER_NORM else "half",
 }
 """What would be taken without a choice, by task."""
 
@@ -131,28 +132,38 @@ def random_starts(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, floa
 
 
 def taken(record: dict[str, Any], recipes: Sequence[str], errors: float) -> str:
-    """What is chosen among recipes if the best must exceed the own body by so many standard errors."""
-    scores = {name: score for name, score in record["scores"].items() if name in recipes}
-    best = max(scores, key=lambda name: scores[name])
-    if best == "own" or record["over_own"][best][0] > errors * record["over_own"][best][1]:
-        return best
-    return "own"
+    """What is chosen if the best of the others must exceed the own body by more than so many standard errors."""
+    scores, over = dict(record["scores"]), dict(record["over_own"])
+    for name, same in (("half", "mixed"), ("own-attention", "half")):  # not tried where they are the same
+        if name not in scores and same in scores:
+            scores[name], over[name] = scores[same], over[same]
+    best = max((name for name in recipes if name in scores and name != "own"), key=lambda name: scores[name])
+    return best if over[best][0] > errors * over[best][1] else "own"
 
 
-def strategies(values: Values, choices: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Values]:
-    """By strategy and task and seed, the recipe's value; the best in hindsight is by task, over its seeds."""
+SETS: dict[str, tuple[str, ...]] = {
+    "all six": tuple(RECIPES),
+    "own, half": ("own", "half"),
+    "own, half, first": ("own", "half", "first"),
+    "own, mixed, half": ("own", "mixed", "half"),
+    "own, half, pca": ("own", "half", "pca"),
+}
+"""Recipes to choose among."""
+
+
+def strategies(values: Values, choices: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+    """By strategy and by task and seed, the recipe's value."""
     found: dict[str, Any] = defaultdict(dict)
-    sets = {"all": tuple(RECIPES), "own half": ("own", "half"), "own half first": ("own", "half", "first")}
-    sets["own half pca"] = ("own", "half", "pca")
-    sets["own mixed half first"] = ("own", "mixed", "half", "first")
     for key, of in values.items():
+        if key not in choices or not {"own", "mixed", "half", "first"} <= of.keys():
+            continue
         for name, rule in RULES.items():
             if rule(key[0]) in of:
                 found[name][key] = of[rule(key[0])]
-        for title, recipes in sets.items():
-            for errors in (0.0, 1.0, 2.0):
-                if key in choices and (recipe := taken(choices[key], recipes, errors)) in of:
-                    found[f"auto of {title}, {errors:g} errors"][key] = of[recipe]
+        for title, recipes in SETS.items():
+            for errors in (-1.0, 0.0, 1.0):
+                if (recipe := taken(choices[key], recipes, errors)) in of:
+                    found[f"auto of {title}; {errors:g} errors"][key] = of[recipe]
         found["best in hindsight"][key] = max(of.values())
     return found
 
