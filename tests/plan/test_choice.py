@@ -162,13 +162,14 @@ def test_an_interrupt_while_choosing_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_within_a_standard_error_the_own_body_is_preferred():
+def test_the_own_body_stays_only_where_it_is_credibly_better():
     own = torch.tensor([1.0, 0.0] * 50)
-    level, better = own.clone(), own.clone()
-    level[1], level[3], level[2] = 1.0, 1.0, 0.0  # two better, one worse
-    better[1:40:2] = 1.0
+    level, worse = own.clone(), own.clone()
+    level[0], level[2], level[1] = 0.0, 0.0, 1.0  # two worse, one better
+    worse[0:40:2] = 0.0
     plans = dict.fromkeys(RECIPES, Plan((), (), Heads({}, None, Task("none", "")), ()))
-    values = {name: [0.0] * 100 for name in RECIPES} | {"own": own.tolist()}
-    assert "took 'own'" in _best(values | {"pca": level.tolist()}, plans).notes[0]
-    assert "took 'pca'" in _best(values | {"pca": better.tolist()}, plans).notes[0]
-    assert "took 'pca'" in _best(values | {"pca": better.tolist(), "mixed": [math.nan] * 100}, plans).notes[0]
+    values = {"own": own.tolist(), "half": [0.0] * 100}
+    assert "took 'mixed'" in _best(values | {"mixed": level.tolist()}, plans).notes[0]
+    assert "took 'own'" in _best(values | {"mixed": worse.tolist()}, plans).notes[0]
+    assert "took 'own'" in _best(values | {"mixed": [math.nan] * 100}, plans).notes[0]
+    assert "took 'mixed'" in _best(values | {"mixed": level.tolist(), "own": [math.nan] * 100}, plans).notes[0]

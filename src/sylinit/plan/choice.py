@@ -2,7 +2,7 @@
 
 The samples are cut into folds. For each recipe and each fold the model is initialized from samples outside the fold,
 and its output on the fold is scored: neither the layers nor the head have seen it. Accuracy before training tells which
-start ends higher. Where no recipe is credibly better than the model's own body, the body stays as it came.
+start ends higher. Where the model's own body is credibly better than every recipe, it stays as it came.
 
 What it costs: recipes that do the same to a model are tried once, a trial computes from at most `SEEN` samples, and
 there are no more folds than give `JUDGED` predictions.
@@ -30,7 +30,7 @@ from sylinit.layers.view import LayerView
 from sylinit.plan.heads import module_name
 from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan
-from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, Recipe
+from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, TRIED, Recipe
 from sylinit.plan.sites import Context, MatrixSite
 from sylinit.plan.trace import Trace, output_tensors
 from sylinit.runtime.processes import Processes
@@ -47,7 +47,7 @@ JUDGED = 512
 """So many predictions of each recipe are enough to choose by."""
 
 ERRORS = 1.0
-"""A recipe is taken if it is better than the own body by more than so many standard errors of the difference."""
+"""The own body is kept if it is better than every recipe by more than so many standard errors of the difference."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ def choose(
 
 
 def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
-    """The plans of all recipes, without those that do the same as an earlier one."""
+    """The plans of the recipes to try, without those that do the same as an earlier one."""
     found: dict[str, Plan] = {}
     known: set[frozenset[tuple[str, Code]]] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SylinitWarning)  # the fallback's plan has given them
-        for name, recipe in RECIPES.items():
-            each = plan if recipe is FALLBACK else plan_of(recipe)
+        for name in TRIED:
+            each = plan if RECIPES[name] is FALLBACK else plan_of(RECIPES[name])
             does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
             if does not in known:
                 known.add(does)
@@ -280,14 +280,15 @@ def _folds(goal: Goal, processes: Processes) -> Tensor:
 
 
 def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> Choice:
-    """The best recipe, or the model's own body where none is credibly better."""
+    """The best recipe, or the model's own body where that is credibly better."""
     known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
     means = {name: float(each.mean()) if bool(each.isfinite().all()) else -math.inf for name, each in known.items()}
     ordered = sorted(means, key=lambda name: -means[name])
     over = {name: _difference(each, known[OWN.name]) for name, each in known.items() if name != OWN.name}
-    taken = ordered[0]
-    if taken != OWN.name and math.isfinite(means[OWN.name]) and over[taken][0] <= ERRORS * over[taken][1]:
-        taken = OWN.name
+    best = max(over, key=lambda name: means[name])
+    difference, error = over[best]
+    keep = not math.isfinite(means[best]) or difference < -ERRORS * error
+    taken = OWN.name if keep else best
     scores = ", ".join(
         f"{name} {means[name]:.3f}" + (f" ({over[name][0]:+.3f} ± {over[name][1]:.3f})" if name in over else "")
         for name in ordered

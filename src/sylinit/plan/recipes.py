@@ -59,7 +59,10 @@ RECIPES: dict[str, Recipe] = {
 }
 """By name, the model's own body first."""
 
-FALLBACK = RECIPES["mixed"]
+TRIED = ("own", "mixed", "half")
+"""What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
+
+FALLBACK = RECIPES["half"]
 """What ``code="auto"`` takes where recipes cannot be tried."""
 
 
