@@ -74,7 +74,7 @@ class Config:
     head_encoding_weight: float | None = None
     variance: float = 1.0
     variance_floor: float = 0.1
-    logit_deviation: float = 0.5
+    logit_deviation: float = 0.1
     prior: bool = False
     scale_ratio: float = 100.0
     offset_ratio: float = 1000.0

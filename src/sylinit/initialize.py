@@ -32,6 +32,7 @@ from sylinit.plan.heads import module_name
 from sylinit.plan.inventory import Inventory, take_inventory
 from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan, Wish, make_plan
+from sylinit.plan.recipes import OWN, TRIED
 from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import SAMPLES, Trace, picked_positions, trace
 from sylinit.report import Report
@@ -52,7 +53,7 @@ def initialize_(
     ignore_index: int = -100,
     mask: str | Callable[[Any], Any] | None = "auto",
     samples: int = 2048,
-    code: Any = "mixed",
+    code: Any = "auto",
     layers: Any = None,
     head: Any = "auto",
     train_size: int | None = None,
@@ -250,7 +251,9 @@ def _initialize(
                     positions = _picked(plan, seen, data, transaction, processes, call)
                     context = Context(data, config, processes, transaction, seen.layouts, positions)
                     if wish.code == "auto":
-                        choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
+                        named = wish.layers is not None or wish.overwrite  # are to be computed, come what may
+                        recipes = [recipe for recipe in TRIED if not (named and recipe is OWN)]
+                        choice = choose(plan, plan_of, recipes, model, seen, context, reader, call, offload)
                         plan, notes = choice.plan, choice.notes
                     run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)

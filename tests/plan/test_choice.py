@@ -62,8 +62,8 @@ def test_what_is_taken_is_what_its_name_gives(make: Callable[[], nn.Module], dat
 
 def test_recipes_that_do_the_same_are_tried_once():
     note = sylinit.initialize_(small_resnet(), [images(90)], code="auto").notes[0]
-    assert "half" not in note.partition("error: ")[2]  # its only Linear layer is the head
-    assert "attention" not in note.partition("error: ")[2]
+    assert "half" not in note.partition("errors: ")[2]  # its only Linear layer is the head
+    assert "attention" not in note.partition("errors: ")[2]
 
 
 def test_where_only_a_head_is_computed_there_is_nothing_to_choose():
@@ -72,12 +72,26 @@ def test_where_only_a_head_is_computed_there_is_nothing_to_choose():
 
 
 @pytest.mark.parametrize(
-    ("batches", "options"),
-    [([torch.randn(40, 12)], {"task": "none"}), ([(torch.randn(8, 12), torch.arange(8) % 3)], {})],
+    ("batches", "options", "reason"),
+    [
+        ([torch.randn(40, 12)], {"task": "none"}, "no labels, so the code 'auto' fell back to 'pca'"),
+        ([(torch.randn(8, 12), torch.arange(8) % 3)], {}, "so 'half' was taken"),
+        ([(torch.randn(40, 12), torch.arange(40) % 3)], {"head": None}, "so 'half' was taken"),
+        ([(torch.randn(40, 12), torch.where(torch.arange(40) < 9, 0, -100))], {}, "so 'half' was taken"),
+    ],
 )
-def test_without_labels_or_with_few_samples_one_recipe_is_taken_and_a_note_says_so(batches, options):
+def test_where_recipes_cannot_be_judged_one_is_taken_and_a_note_says_so(batches, options, reason):
     report = sylinit.initialize_(small_mlp(), batches, code="auto", **options)
-    assert f"so {FALLBACK.name!r} was taken" in report.notes[0]
+    assert any(reason in note for note in report.notes)
+
+
+def test_layers_that_are_named_are_computed_even_where_the_own_body_is_better():
+    model = Fourier()
+    x = torch.randn(300, 4)
+    y = (torch.sin(x @ model.body.weight[0].detach() + model.body.bias[0].detach()) > 0).long()
+    report = sylinit.initialize_(model, [(x, y)], layers=["body", "head"])
+    assert report["body"].action == "initialized"
+    assert "own 0" not in report.notes[0]
 
 
 @pytest.mark.parametrize("data", [vectors(90), images(90)])
@@ -96,7 +110,7 @@ def test_the_cut_into_batches_changes_nothing(data: tuple[Tensor, Tensor]):
 def test_values_are_judged_by_their_squared_error():
     x, _ = vectors(300)
     report = sylinit.initialize_(small_mlp(classes=2), [(x, x[:, :2] + 0.1 * x[:, 2:4])], code="auto")
-    scores = [float(score) for score in re.findall(r"[a-z] (-?[0-9.]+)", report.notes[0].partition("error: ")[2])]
+    scores = [float(score) for score in re.findall(r"[a-z] (-?[0-9.]+)", report.notes[0].partition("errors: ")[2])]
     assert 0.5 < max(scores) < 1
 
 

@@ -30,7 +30,7 @@ from sylinit.layers.view import LayerView
 from sylinit.plan.heads import module_name
 from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan
-from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, TRIED, Recipe
+from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, Recipe
 from sylinit.plan.sites import Context, MatrixSite
 from sylinit.plan.trace import Trace, output_tensors
 from sylinit.runtime.processes import Processes
@@ -94,6 +94,7 @@ class Part:
 def choose(
     plan: Plan,
     plan_of: Callable[[Recipe], Plan],
+    recipes: Sequence[Recipe],
     model: nn.Module,
     trace: Trace,
     context: Context,
@@ -106,6 +107,7 @@ def choose(
     Args:
         plan: of the fallback.
         plan_of: the plan of a recipe.
+        recipes: those to try.
         model: in eval mode; it is put back after each trial.
         trace: what the trial run showed.
         context: of the pass.
@@ -117,9 +119,11 @@ def choose(
     def fallback(reason: str) -> Choice:
         return Choice(plan, (f"code='auto': {reason}, so {FALLBACK.name!r} was taken",))
 
+    if plan.heads.told is None:
+        return Choice(plan)  # whose notes say that there are no labels
     if not plan.heads.goals:
         return fallback("there is no head to judge recipes by")
-    plans = _distinct(plan, plan_of)
+    plans = _distinct(plan, plan_of, recipes)
     if len(plans) == 1:
         return Choice(plan)
     if context.data.samples < FEWEST:
@@ -130,23 +134,24 @@ def choose(
         context.processes.announce(error)
         context.transaction.rewind()
         return fallback(f"the recipes could not be tried on parts of the samples ({error})")
-    if len(values[OWN.name]) < FEWEST:
-        return fallback(f"{len(values[OWN.name])} labels are too few to judge recipes by")
+    labels = min(map(len, values.values()))
+    if labels < FEWEST:
+        return fallback(f"{labels} labels are too few to judge recipes by")
     return _best(values, plans)
 
 
-def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
+def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan], recipes: Sequence[Recipe]) -> dict[str, Plan]:
     """The plans of the recipes to try, without those that do the same as an earlier one."""
     found: dict[str, Plan] = {}
     known: set[frozenset[tuple[str, Code]]] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SylinitWarning)  # the fallback's plan has given them
-        for name in TRIED:
-            each = plan if RECIPES[name] is FALLBACK else plan_of(RECIPES[name])
+        for recipe in recipes:
+            each = plan if recipe is FALLBACK else plan_of(recipe)
             does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
             if does not in known:
                 known.add(does)
-                found[name] = each
+                found[recipe.name] = each
     return found
 
 
@@ -284,17 +289,16 @@ def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> C
     known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
     means = {name: float(each.mean()) if bool(each.isfinite().all()) else -math.inf for name, each in known.items()}
     ordered = sorted(means, key=lambda name: -means[name])
-    over = {name: _difference(each, known[OWN.name]) for name, each in known.items() if name != OWN.name}
-    best = max(over, key=lambda name: means[name])
-    difference, error = over[best]
-    keep = not math.isfinite(means[best]) or difference < -ERRORS * error
-    taken = OWN.name if keep else best
-    scores = ", ".join(
-        f"{name} {means[name]:.3f}" + (f" ({over[name][0]:+.3f} ± {over[name][1]:.3f})" if name in over else "")
-        for name in ordered
-    )
+    taken = next(name for name in ordered if name != OWN.name)
+    scores = {name: f"{name} {means[name]:.3f}" for name in ordered}
+    if OWN.name in known:
+        over = {name: _difference(each, known[OWN.name]) for name, each in known.items() if name != OWN.name}
+        scores |= {name: f"{scores[name]} ({mean:+.3f} ± {error:.3f})" for name, (mean, error) in over.items()}
+        if not math.isfinite(means[taken]) or over[taken][0] < -ERRORS * over[taken][1]:
+            taken = OWN.name
     said = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[taken])} held-out samples"
-    return Choice(plans[taken], (f"{said}, and over the own body with the standard error: {scores}",))
+    beside = ", beside those over the own body with their standard errors" if OWN.name in known else ""
+    return Choice(plans[taken], (f"{said}{beside}: {', '.join(scores[name] for name in ordered)}",))
 
 
 def _difference(values: Tensor, own: Tensor) -> tuple[float, float]:

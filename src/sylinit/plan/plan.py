@@ -51,7 +51,7 @@ class Wish:
     """
 
     layers: Any = None
-    code: Any = "mixed"
+    code: Any = "auto"
     head: Any = "auto"
     task: str = "auto"
     classes: int | None = None
@@ -277,7 +277,7 @@ def _advice(sites: Sequence[Site], wish: Wish, heads: Heads, data: CalibrationSe
     """What a user should know of codes that fell back and of normalizations that start otherwise."""
     notes = []
     used = {site.code.name for site in sites if isinstance(site, MatrixSite)}
-    asked = as_code(wish.code).name if isinstance(wish.code, str) and not recipe_named(wish.code) else None
+    asked = wish.code if recipe_named(wish.code) else as_code(wish.code).name if isinstance(wish.code, str) else None
     if asked and heads.told is None and used and asked not in used:
         notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(used))!r}")
     held = any(getattr(site, "held", False) or getattr(site, "role", "") == "directions" for site in sites)

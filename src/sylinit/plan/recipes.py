@@ -59,7 +59,7 @@ RECIPES: dict[str, Recipe] = {
 }
 """By name, the model's own body first."""
 
-TRIED = ("own", "mixed", "half")
+TRIED = (OWN, RECIPES["mixed"], RECIPES["half"])
 """What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
 
 FALLBACK = RECIPES["half"]
