@@ -4,7 +4,7 @@
     python benchmarks/choosing.py report                  # beside validation values: results/suite_*.jsonl
 
 `measure` initializes each network of the suite by ``code="auto"`` on the train subset of a seed, and stores the recipe
-taken, the held-out scores and the seconds, beside those of one recipe. Nothing of the validation or test data is read.
+taken, the held-out scores and the CPU seconds, beside those of one recipe. Nothing of the validation or test data is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -44,11 +44,11 @@ def chosen(task: Task, seed: int, code: str, directory: Path | None) -> dict[str
     torch.manual_seed(seed)
     model = NETWORKS[task.network](data.shape, data.outputs)
     layers = None if all(parameter.requires_grad for parameter in model.parameters()) else is_trained
-    began = time.perf_counter()
+    began = time.process_time()
     report = sylinit.initialize_(
         model, [(data.train.x, data.train.y)], code=code, layers=layers, generator=torch.Generator().manual_seed(seed)
     )
-    record: dict[str, Any] = {"task": task.name, "seed": seed, "code": code, "seconds": time.perf_counter() - began}
+    record: dict[str, Any] = {"task": task.name, "seed": seed, "code": code, "seconds": time.process_time() - began}
     note = next((note for note in report.notes if note.startswith("code='auto' took")), "")
     if note:
         record["taken"] = note.split("'")[3]
@@ -150,20 +150,23 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 """Recipes to choose among."""
 
+PREFERENCES = {-1.0: "computed within a standard error", 0.0: "the best", 1.0: "own within a standard error"}
+"""By how many standard errors the best computed recipe must exceed the own body, in words."""
+
 
 def strategies(values: Values, choices: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     """By strategy and by task and seed, the recipe's value."""
     found: dict[str, Any] = defaultdict(dict)
     for key, of in values.items():
-        if key not in choices or not {"own", "mixed", "half", "first"} <= of.keys():
+        if key not in choices or not {"own", "mixed", "half"} <= of.keys():
             continue
         for name, rule in RULES.items():
             if rule(key[0]) in of:
                 found[name][key] = of[rule(key[0])]
         for title, recipes in SETS.items():
-            for errors in (-1.0, 0.0, 1.0):
+            for errors, words in PREFERENCES.items():
                 if (recipe := taken(choices[key], recipes, errors)) in of:
-                    found[f"auto of {title}; {errors:g} errors"][key] = of[recipe]
+                    found[f"auto of {title}; {words}"][key] = of[recipe]
         found["best in hindsight"][key] = max(of.values())
     return found
 
@@ -178,44 +181,61 @@ def by_task(values: dict[tuple[str, int], float]) -> dict[str, float]:
 
 def report(args: argparse.Namespace) -> None:
     """Print what each strategy gives, before and after training, against the own body and the best random start."""
-    before, after = read(args.before), read(args.after)
-    choices = {(r["task"], r["seed"]): r for r in read(args.out) if "scores" in r}
+    before, after, measured = read(args.before), read(args.after), read(args.out)
+    choices = {(r["task"], r["seed"]): r for r in measured if "scores" in r}
+    untrained = strategies(values_of(before, 0, None), choices)
+    print(lines("before training, against mixed", untrained, by_task(untrained["mixed"])))
     random = {task: fmean(seeds.values()) for task, seeds in random_starts(after).items()}
-    mixed_before = by_task({key: of["mixed"] for key, of in values_of(before, 0, None).items() if "mixed" in of})
-    print(lines("before training, against mixed", strategies(values_of(before, 0, None), choices), mixed_before))
     for deviation in (None, 0.1):
-        title = f"after training, logits of {deviation or 0.5:g}, against the best random start"
-        print(lines(title, strategies(values_of(after, -1, deviation), choices), random))
-    tenth, half = values_of(after, -1, 0.1), values_of(after, -1, None)
-    print("logits of 0.1 over 0.5, by recipe: task: points")
+        trained = strategies(values_of(after, -1, deviation), choices)
+        title = f"after training, logits of {deviation or 0.5:g}"
+        print(lines(f"{title}, against the best random start", trained, random))
+        print(lines(f"{title}, against mixed", trained, by_task(trained["mixed"])))
+    print(logits(values_of(after, -1, 0.1), values_of(after, -1, None)))
+    print(seconds(measured))
+
+
+def logits(tenth: Values, half: Values) -> str:
+    """What each recipe gains after training by logits of 0.1 instead of 0.5, over tasks."""
+    rows = []
     for recipe in RECIPES:
         keys = [key for key in tenth if recipe in tenth[key] and recipe in half.get(key, {})]
-        gains = by_task({key: tenth[key][recipe] - half[key][recipe] for key in keys})
-        if gains:
-            print(
-                f"  {recipe}: mean {100 * fmean(gains.values()):+.2f} of {len(gains)} tasks, "
-                f"above in {sum(g > 0 for g in gains.values())}, below in {sum(g < 0 for g in gains.values())}: "
-                + ", ".join(f"{task} {100 * gain:+.1f}" for task, gain in gains.items())
-            )
+        gains = [100 * gain for gain in by_task({key: tenth[key][recipe] - half[key][recipe] for key in keys}).values()]
+        if len(gains) > 1:
+            error = stdev(gains) / len(gains) ** 0.5
+            above, below = sum(gain > 0.5 for gain in gains), sum(gain < -0.5 for gain in gains)
+            rows.append(f"| {recipe} | {len(gains)} | {fmean(gains):+.1f} ± {error:.1f} | {above} | {below} |")
+    heads = "| logits of 0.1 over 0.5, after training | tasks | mean ± standard error | above | below |"
+    return "\n".join((heads, "|---|---|---|---|---|", *rows, ""))
 
 
 def lines(title: str, found: dict[str, Any], reference: dict[str, float]) -> str:
-    """A table in Markdown of strategies on the tasks that all of them and the reference have."""
-    found = {name: by_task(values) for name, values in found.items() if values}
-    tasks = [task for task in reference if all(task in values for values in found.values())]
-    if not tasks:
-        return f"{title}: no task"
+    """A table in Markdown of strategies on the tasks that all of them and the reference have.
+
+    The mean over tasks comes with its standard error; differences of a task are those of its means over seeds.
+    """
+    means = {name: by_task(values) for name, values in found.items() if values}
+    tasks = [task for task in reference if all(task in values for values in means.values())]
+    if len(tasks) < 2:
+        return f"{title}: too few tasks\n"
     rows = []
-    for name, values in found.items():
-        gains = [values[task] - reference[task] for task in tasks]
-        below = [task for task, gain in zip(tasks, gains, strict=True) if gain < -0.005]
+    for name, values in means.items():
+        gains = [100 * (values[task] - reference[task]) for task in tasks]
         worst = min(zip(gains, tasks, strict=True))
-        rows.append(
-            f"| {name} | {100 * fmean(gains):+.2f} | {sum(g > 0.005 for g in gains)} | {len(below)} | "
-            f"{100 * worst[0]:+.1f} ({worst[1]}) |"
-        )
-    heads = f"| {title} ({len(tasks)} tasks) | mean | above by half a point | below by half a point | worst |"
-    return "\n".join((heads, "|---|---|---|---|---|", *rows, ""))
+        above, below = sum(gain > 0.5 for gain in gains), sum(gain < -0.5 for gain in gains)
+        middle = f"{fmean(gains):+.1f} ± {stdev(gains) / len(gains) ** 0.5:.1f} | {median(gains):+.1f}"
+        rows.append(f"| {name} | {middle} | {above} | {below} | {worst[0]:+.1f} ({worst[1]}) |")
+    heads = f"| {title}, {len(tasks)} tasks | mean ± standard error | median | above | below | worst |"
+    return "\n".join((heads, "|---|---|---|---|---|---|", *rows, ""))
+
+
+def seconds(records: Iterable[dict[str, Any]]) -> str:
+    """How many times as long as one recipe the choice takes: the median and the largest ratio."""
+    taken: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for record in records:
+        taken[record["task"], record["seed"]][record["code"]] = record["seconds"]
+    ratios = sorted(each["auto"] / each["mixed"] for each in taken.values() if {"auto", "mixed"} <= each.keys())
+    return f"auto over mixed, seconds: median {median(ratios):.1f}, largest {ratios[-1]:.1f}, {len(ratios)} runs"
 
 
 def main() -> None:

@@ -72,13 +72,14 @@ def initialize_(
         minimize  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
 
     and is then scaled to unit output variance and centered. Normalizations with running statistics get those of their
-    input. Where training samples are few (fewer than ``config.few_samples``) they, and the layers that feed them, also
+    input. How the layers before the head are computed, or whether they keep the weights that they came with, is chosen on
+    held-out samples (``code="auto"``). Where training samples are few (fewer than ``config.few_samples``) they, and the layers that feed them, also
     start so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive
     offset, and filters before it He's length instead of unit variance.
     Without labels there is no head: the last layer is computed like the others.
 
     The calibration set is one batch wherever its parts can be concatenated; the model then runs once, in the caller's
-    thread, after a trial run on a few samples that shows what each module computes. All or nothing: after any exception
+    thread, after a trial run on a few samples that shows what each module computes, and the trials of ``code="auto"``. All or nothing: after any exception
     the model is bit for bit what it was, plain attributes of its modules included. (Frozen parameters are never
     written and not copied: what the model's own forward writes into them stays.)
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
@@ -99,11 +100,14 @@ def initialize_(
         mask: which places of a sequence hold data: a key of a mapping, or a function of the batch that returns a tensor
             ``[n, length]``; "auto" takes ``attention_mask`` and ``src_key_padding_mask``. Padding counts nowhere.
         samples: at most so many are read: of lists spread evenly over all, of loaders the first, also of endless ones.
-        code: the latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a
-            callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``,
-            or a mapping from name pattern to any of these. Without labels the default falls back to "pca". "auto" tries
-            the recipes of `sylinit.plan.recipes`, the model's own body among them, on held-out samples and keeps the
-            best; it takes some twenty times as long as one recipe on few samples.
+        code: "auto" tries two recipes and the model's own body below a computed head: it computes the model from a part
+            of the samples, scores it on the others, and takes the best recipe, or keeps the own body if that is better
+            by more than a standard error. A note of the report says so. It costs about as much as two or three recipes
+            where samples are many, and up to seven where they are few. Layers that ``layers=`` names are computed in any
+            case; without labels it is "pca". Otherwise one recipe of `sylinit.plan.recipes` by name ("mixed", "half",
+            "own", ...), or one latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a
+            `Code`, a callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor
+            ``[samples, units]``, or a mapping from name pattern to any of these.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Where no module is so called, ``"head"`` stands for the head
             alone, ``"last:2"`` for the last two layers that the data meets, and ``"new"`` for those that Transformers'
