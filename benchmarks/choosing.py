@@ -3,15 +3,14 @@
     python benchmarks/choosing.py measure --data DIR      # the held-out scores, task by task, without training
     python benchmarks/choosing.py report                  # beside validation values: results/suite_*.jsonl
 
-`measure` initializes each network of the suite by ``code="auto"`` on the train subset of a seed, and stores the recipe
-taken, the held-out scores and the CPU seconds, beside those of one recipe. Nothing of the validation or test data is read.
+`measure` initializes each network of the suite on the train subset of a seed, and stores the held-out scores of all
+recipes, and the CPU seconds of ``code="auto"`` and of one recipe. Nothing of the validation or test data is read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections import defaultdict
@@ -30,32 +29,53 @@ from studies.suite.methods import RANDOM, is_trained
 from studies.suite.networks import NETWORKS
 from studies.suite.run import TUNING_SEED
 from studies.suite.tasks import Task, matching
+from sylinit.plan import choice
 from sylinit.plan.recipes import RECIPES
 
 RESULTS = Path(__file__).parent / "results"
 
-SCORE = re.compile(r"([a-z-]+) (-?[0-9.]+|-inf)(?: \(([+-][0-9.]+) ± ([0-9.]+)\))?(?:,|$)")
-"""A recipe's name, its score, and the difference to the own body with its standard error, in a note."""
 
+def chosen(task: Task, seed: int, what: str, directory: Path | None) -> dict[str, Any]:
+    """Initialize a network, and note what was tried and how long it took.
 
-def chosen(task: Task, seed: int, code: str, directory: Path | None) -> dict[str, Any]:
-    """Initialize a network, and read what was chosen off the report."""
+    Args:
+        task: of the suite.
+        seed: of the train subset and of the random weights.
+        what: "scores" tries all recipes; anything else is the ``code=`` that is timed.
+        directory: of data that no package carries.
+    """
     data = parts(task.data, task.size, seed, directory, test=False)
     torch.manual_seed(seed)
     model = NETWORKS[task.network](data.shape, data.outputs)
     layers = None if all(parameter.requires_grad for parameter in model.parameters()) else is_trained
-    began = time.process_time()
-    report = sylinit.initialize_(
-        model, [(data.train.x, data.train.y)], code=code, layers=layers, generator=torch.Generator().manual_seed(seed)
-    )
-    record: dict[str, Any] = {"task": task.name, "seed": seed, "code": code, "seconds": time.process_time() - began}
-    note = next((note for note in report.notes if note.startswith("code='auto' took")), "")
-    if note:
-        record["taken"] = note.split("'")[3]
-        found = SCORE.findall(note.rpartition(": ")[2])
-        record["scores"] = {name: float(score) for name, score, *_ in found}
-        record["over_own"] = {name: [float(mean), float(error)] for name, _, mean, error in found if mean}
-        record["samples"] = int(re.findall(r"of (\d+) held-out", note)[0])
+    scores: dict[str, list[float]] = {}
+
+    def best(values: Any, plans: Any) -> choice.Choice:
+        scores.update(values)
+        return usual(values, plans)
+
+    usual, tried = choice._best, choice.TRIED
+    choice._best = best
+    choice.TRIED = tuple(RECIPES.values()) if what == "scores" else tried
+    try:
+        began = time.process_time()
+        sylinit.initialize_(
+            model,
+            [(data.train.x, data.train.y)],
+            code="auto" if what == "scores" else what,
+            layers=layers,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        seconds = time.process_time() - began
+    finally:
+        choice._best, choice.TRIED = usual, tried
+    record: dict[str, Any] = {"task": task.name, "seed": seed, "what": what, "seconds": seconds}
+    if what == "scores" and scores:
+        over = {name: [a - b for a, b in zip(each, scores["own"], strict=True)] for name, each in scores.items()}
+        del over["own"]
+        record["scores"] = {name: fmean(each) for name, each in scores.items()}
+        record["over_own"] = {name: [fmean(each), stdev(each) / len(each) ** 0.5] for name, each in over.items()}
+        record["samples"] = len(scores["own"])
     return record
 
 
@@ -63,15 +83,15 @@ def measure(args: argparse.Namespace) -> None:
     """Store what the file lacks."""
     torch.set_num_threads(1)
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(r["task"], r["seed"], r["code"]) for r in map(json.loads, lines)}
+    done = {(r["task"], r["seed"], r["what"]) for r in map(json.loads, lines)}
     for task in matching(args.tasks):
         for seed in args.seeds:
-            for code in args.codes:
-                if (task.name, seed, code) not in done:
-                    record = chosen(task, seed, code, directory_of(args.data))
+            for what in args.what:
+                if (task.name, seed, what) not in done:
+                    record = chosen(task, seed, what, directory_of(args.data))
                     with args.out.open("a") as file:
                         file.write(json.dumps(record) + "\n")
-                    print(task.name, seed, code, record.get("taken", ""), f"{record['seconds']:.2f} s", flush=True)
+                    print(task.name, seed, what, f"{record['seconds']:.2f} s", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,9 +253,14 @@ def seconds(records: Iterable[dict[str, Any]]) -> str:
     """How many times as long as one recipe the choice takes: the median and the largest ratio."""
     taken: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     for record in records:
-        taken[record["task"], record["seed"]][record["code"]] = record["seconds"]
-    ratios = sorted(each["auto"] / each["mixed"] for each in taken.values() if {"auto", "mixed"} <= each.keys())
-    return f"auto over mixed, seconds: median {median(ratios):.1f}, largest {ratios[-1]:.1f}, {len(ratios)} runs"
+        if "seconds" in record:
+            taken[record["task"], record["seed"]][record["what"]] = record["seconds"]
+    ratios = sorted(each["auto"] / each["half"] for each in taken.values() if {"auto", "half"} <= each.keys())
+    if not ratios:
+        return "no timings"
+    return (
+        f"auto over one recipe, CPU seconds: median {median(ratios):.1f}, largest {ratios[-1]:.1f}, {len(ratios)} runs"
+    )
 
 
 def main() -> None:
@@ -245,7 +270,7 @@ def main() -> None:
     measuring = commands.add_parser("measure")
     measuring.add_argument("--tasks", nargs="*", default=["*"])
     measuring.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    measuring.add_argument("--codes", nargs="*", default=["auto", "mixed"])
+    measuring.add_argument("--what", nargs="*", default=["scores", "auto", "half"])
     measuring.add_argument("--data", type=Path)
     measuring.add_argument("--out", type=Path, default=RESULTS / "choosing.jsonl")
     measuring.set_defaults(run=measure)

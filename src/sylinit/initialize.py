@@ -32,7 +32,6 @@ from sylinit.plan.heads import module_name
 from sylinit.plan.inventory import Inventory, take_inventory
 from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan, Wish, make_plan
-from sylinit.plan.recipes import OWN, TRIED
 from sylinit.plan.sites import Context, MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import SAMPLES, Trace, picked_positions, trace
 from sylinit.report import Report
@@ -72,16 +71,16 @@ def initialize_(
         minimize  ||X - W^T S||^2 + lambda ||W X - S||^2,   that is   (S S^T) W + W (lambda X X^T) = (1 + lambda) S X^T
 
     and is then scaled to unit output variance and centered. Normalizations with running statistics get those of their
-    input. How the layers before the head are computed, or whether they keep the weights that they came with, is chosen on
-    held-out samples (``code="auto"``). Where training samples are few (fewer than ``config.few_samples``) they, and the layers that feed them, also
+    input. Where training samples are few (fewer than ``config.few_samples``) they, and the layers that feed them, also
     start so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive
-    offset, and filters before it He's length instead of unit variance.
+    offset, and filters before it He's length instead of unit variance. The layers before the head keep the weights that
+    they came with where held-out samples speak for it (``code="auto"``).
     Without labels there is no head: the last layer is computed like the others.
 
     The calibration set is one batch wherever its parts can be concatenated; the model then runs once, in the caller's
-    thread, after a trial run on a few samples that shows what each module computes, and the trials of ``code="auto"``. All or nothing: after any exception
-    the model is bit for bit what it was, plain attributes of its modules included. (Frozen parameters are never
-    written and not copied: what the model's own forward writes into them stays.)
+    thread, after a trial run on a few samples that shows what each module computes, and the trials of ``code="auto"``.
+    All or nothing: after any exception the model is bit for bit what it was, plain attributes of its modules included.
+    (Frozen parameters are never written and not copied: what the model's own forward writes into them stays.)
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
 
     Args:
@@ -100,14 +99,15 @@ def initialize_(
         mask: which places of a sequence hold data: a key of a mapping, or a function of the batch that returns a tensor
             ``[n, length]``; "auto" takes ``attention_mask`` and ``src_key_padding_mask``. Padding counts nowhere.
         samples: at most so many are read: of lists spread evenly over all, of loaders the first, also of endless ones.
-        code: "auto" tries two recipes and the model's own body below a computed head: it computes the model from a part
-            of the samples, scores it on the others, and takes the best recipe, or keeps the own body if that is better
-            by more than a standard error. A note of the report says so. It costs about as much as two or three recipes
-            where samples are many, and up to seven where they are few. Layers that ``layers=`` names are computed in any
-            case; without labels it is "pca". Otherwise one recipe of `sylinit.plan.recipes` by name ("mixed", "half",
-            "own", ...), or one latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a
-            `Code`, a callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor
-            ``[samples, units]``, or a mapping from name pattern to any of these.
+        code: "auto" computes the layers before the head by the recipe "half" unless the model's own body below a
+            computed head is better by more than a standard error: both are computed from a part of the samples and
+            scored on the others, and a note of the report has the scores. That takes up to twice as long as a recipe
+            alone where samples are many, and some five times where they are few. Layers that ``layers=`` names are
+            computed in any case, as are all with ``overwrite=True``; without labels "auto" is "pca". Otherwise one
+            recipe of `sylinit.plan.recipes` by name ("half", "own", "first", ...), or one latent code: a name in
+            `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a callable
+            ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``, or a
+            mapping from name pattern to any of these.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Where no module is so called, ``"head"`` stands for the head
             alone, ``"last:2"`` for the last two layers that the data meets, and ``"new"`` for those that Transformers'
@@ -254,10 +254,8 @@ def _initialize(
                     plan = plan_of(wish.code)
                     positions = _picked(plan, seen, data, transaction, processes, call)
                     context = Context(data, config, processes, transaction, seen.layouts, positions)
-                    if wish.code == "auto":
-                        named = wish.layers is not None or wish.overwrite  # are to be computed, come what may
-                        recipes = [recipe for recipe in TRIED if not (named and recipe is OWN)]
-                        choice = choose(plan, plan_of, recipes, model, seen, context, reader, call, offload)
+                    if wish.code == "auto" and wish.layers is None and not wish.overwrite:
+                        choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
                         plan, notes = choice.plan, choice.notes
                     run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)

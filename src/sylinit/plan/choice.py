@@ -30,7 +30,7 @@ from sylinit.layers.view import LayerView
 from sylinit.plan.heads import module_name
 from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan
-from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, Recipe
+from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, TRIED, Recipe
 from sylinit.plan.sites import Context, MatrixSite
 from sylinit.plan.trace import Trace, output_tensors
 from sylinit.runtime.processes import Processes
@@ -94,7 +94,6 @@ class Part:
 def choose(
     plan: Plan,
     plan_of: Callable[[Recipe], Plan],
-    recipes: Sequence[Recipe],
     model: nn.Module,
     trace: Trace,
     context: Context,
@@ -107,7 +106,6 @@ def choose(
     Args:
         plan: of the fallback.
         plan_of: the plan of a recipe.
-        recipes: those to try.
         model: in eval mode; it is put back after each trial.
         trace: what the trial run showed.
         context: of the pass.
@@ -123,7 +121,7 @@ def choose(
         return Choice(plan)  # whose notes say that there are no labels
     if not plan.heads.goals:
         return fallback("there is no head to judge recipes by")
-    plans = _distinct(plan, plan_of, recipes)
+    plans = _distinct(plan, plan_of)
     if len(plans) == 1:
         return Choice(plan)
     if context.data.samples < FEWEST:
@@ -134,19 +132,19 @@ def choose(
         context.processes.announce(error)
         context.transaction.rewind()
         return fallback(f"the recipes could not be tried on parts of the samples ({error})")
-    labels = min(map(len, values.values()))
+    labels = len(values[OWN.name])
     if labels < FEWEST:
         return fallback(f"{labels} labels are too few to judge recipes by")
     return _best(values, plans)
 
 
-def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan], recipes: Sequence[Recipe]) -> dict[str, Plan]:
+def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
     """The plans of the recipes to try, without those that do the same as an earlier one."""
     found: dict[str, Plan] = {}
     known: set[frozenset[tuple[str, Code]]] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SylinitWarning)  # the fallback's plan has given them
-        for recipe in recipes:
+        for recipe in TRIED:
             each = plan if recipe is FALLBACK else plan_of(recipe)
             does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
             if does not in known:
@@ -288,17 +286,18 @@ def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> C
     """The best recipe, or the model's own body where that is credibly better."""
     known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
     means = {name: float(each.mean()) if bool(each.isfinite().all()) else -math.inf for name, each in known.items()}
-    ordered = sorted(means, key=lambda name: -means[name])
-    taken = next(name for name in ordered if name != OWN.name)
-    scores = {name: f"{name} {means[name]:.3f}" for name in ordered}
-    if OWN.name in known:
-        over = {name: _difference(each, known[OWN.name]) for name, each in known.items() if name != OWN.name}
-        scores |= {name: f"{scores[name]} ({mean:+.3f} ± {error:.3f})" for name, (mean, error) in over.items()}
-        if not math.isfinite(means[taken]) or over[taken][0] < -ERRORS * over[taken][1]:
-            taken = OWN.name
-    said = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[taken])} held-out samples"
-    beside = ", beside those over the own body with their standard errors" if OWN.name in known else ""
-    return Choice(plans[taken], (f"{said}{beside}: {', '.join(scores[name] for name in ordered)}",))
+    best = max((name for name in known if name != OWN.name), key=lambda name: means[name])
+    difference, error = _difference(known[best], known[OWN.name])
+    keep = not math.isfinite(means[best]) or difference < -ERRORS * error
+    taken = OWN.name if keep else best
+    scores = ", ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=lambda name: -means[name]))
+    return Choice(
+        plans[taken],
+        (
+            f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[best])} held-out samples: "
+            f"{scores}; {best} over own {difference:+.3f} ± {error:.3f}",
+        ),
+    )
 
 
 def _difference(values: Tensor, own: Tensor) -> tuple[float, float]:

@@ -47,7 +47,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         OWN,
         Recipe("mixed", "principal components and label units in every layer", lambda view, entry: CODES["mixed"]),
-        Recipe("half", "half of the units of linear layers from labels", _half),
+        Recipe("half", "principal components and label units, in linear layers half of each", _half),
         Recipe("pca", "principal components in every layer", lambda view, entry: CODES["pca"]),
         Recipe(
             "first",
@@ -59,11 +59,11 @@ RECIPES: dict[str, Recipe] = {
 }
 """By name, the model's own body first."""
 
-TRIED = (OWN, RECIPES["mixed"], RECIPES["half"])
-"""What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
-
 FALLBACK = RECIPES["half"]
 """What ``code="auto"`` takes where recipes cannot be tried."""
+
+TRIED = (OWN, FALLBACK)
+"""What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
 
 
 def recipe_named(code: Any) -> Recipe | None:
