@@ -113,7 +113,8 @@ def work(run: Run) -> dict[str, object]:
     experiment, values = run.experiment, dict(run.values)
     values.pop("label_share", None)  # is in the code's name, in every layer alike
     if values.pop("start", "sylinit") == "sylinit":
-        experiment = replace(experiment, options=(*experiment.options, ("config", Config(**values))))
+        code = () if any(name == "code" for name, _ in experiment.options) else (("code", "mixed"),)
+        experiment = replace(experiment, options=(*experiment.options, *code, ("config", Config(**values))))
     return run_experiment(experiment, TASKS)
 
 

@@ -63,7 +63,9 @@ def subclasses(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> None:
         components = PCA(10, random_state=seed).fit_transform(small[member.numpy()])
         cluster = KMeans(2, n_init=5, random_state=seed).fit_predict(components)
         finer[member] = 2 * label + torch.as_tensor(cluster).long()
-    initialize_(model, [(x, finer)], layers=inner, head=None, generator=torch.Generator().manual_seed(seed))
+    initialize_(
+        model, [(x, finer)], code="mixed", layers=inner, head=None, generator=torch.Generator().manual_seed(seed)
+    )
     initialize_(model, [(x, y)], layers=head)
 
 

@@ -82,7 +82,7 @@ def peak_growth(count: int, offload: bool | str) -> dict[str, Any]:
         model.eval()(x[:BATCH])  # what is loaded and cached once
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _resident("VmRSS")
-    report = sylinit.initialize_(model, batches, samples=count, offload=offload)
+    report = sylinit.initialize_(model, batches, code="mixed", samples=count, offload=offload)
     grown = _resident("VmHWM") - before
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
     return {

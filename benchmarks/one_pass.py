@@ -107,7 +107,7 @@ def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Ca
             model(x)
 
     samples = sum(len(x) for x, _ in batches)
-    report = sylinit.initialize_(model, batches, samples=samples)
+    report = sylinit.initialize_(model, batches, code="mixed", samples=samples)
     for layer in report.initialized:
         if not (layer.residual or 0.0) <= RESIDUALS[layer.solver]:
             raise SystemExit(f"{layer.name} ({layer.solver}): a residual of {layer.residual:.1e}; not timed")
@@ -118,7 +118,9 @@ def measure(case: Case, repeats: int, device: str, row: dict[str, Any], save: Ca
     while len(row["initialise"]) < repeats:
         plain = seconds(forward)
         found: list[sylinit.Report] = []
-        ours = seconds(lambda found=found: found.append(sylinit.initialize_(model, batches, samples=samples)))
+        ours = seconds(
+            lambda found=found: found.append(sylinit.initialize_(model, batches, code="mixed", samples=samples))
+        )
         row["forward"].append(plain)
         row["initialise"].append(ours)
         row["on_layers"].append(found[0].solve_seconds)
@@ -143,7 +145,7 @@ def against_lsuv(name: str, repeats: int, row: dict[str, Any], save: Callable[[d
     while len(row["initialise"]) < repeats:
         for side, start in (
             ("lsuv", lambda model: lsuv_with_singlebatch(model, x, verbose=False)),
-            ("initialise", lambda model: sylinit.initialize_(model, [(x, y)])),
+            ("initialise", lambda model: sylinit.initialize_(model, [(x, y)], code="mixed")),
         ):
             model = build(name, (3, 32, 32), 10)
             taken = seconds(lambda start=start, model=model: start(model))

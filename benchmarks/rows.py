@@ -36,7 +36,9 @@ def one(data: Any, model: str, rows: str, seed: int, test: int) -> dict[str, Any
     generator = torch.Generator().manual_seed(seed)
     found: list[sylinit.Report] = []
     config = sylinit.Config(rows=budget)
-    taken = seconds(lambda: found.append(sylinit.initialize_(network, [batch], config=config, generator=generator)))
+    taken = seconds(
+        lambda: found.append(sylinit.initialize_(network, [batch], code="mixed", config=config, generator=generator))
+    )
     worst = max(layer.residual or 0.0 for layer in found[0].initialized)
     if not worst <= 1e-3:
         raise SystemExit(f"{model}, rows={rows}: a residual of {worst:.1e}")

@@ -134,7 +134,7 @@ def initialized(data: Any, seed: int, solver: str) -> tuple[WideCNN, sylinit.Rep
     model = WideCNN()
     generator = torch.Generator().manual_seed(seed)
     return model, sylinit.initialize_(
-        model, [calibration(data, seed)], generator=generator, config=Config(solver=solver)
+        model, [calibration(data, seed)], code="mixed", generator=generator, config=Config(solver=solver)
     )
 
 

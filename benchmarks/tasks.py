@@ -206,7 +206,8 @@ def prior() -> list[dict[str, Any]]:
             for value in (False, True):
                 torch.manual_seed(seed)
                 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-                sylinit.initialize_(model, [(x[train], y[train])], config=replace(sylinit.Config(), prior=value))
+                config = replace(sylinit.Config(), prior=value, logit_deviation=0.5)
+                sylinit.initialize_(model, [(x[train], y[train])], code="mixed", config=config)
                 with torch.no_grad():
                     out = model(x[test])
                 loss, right = F.cross_entropy(out, y[test]), (out.argmax(1) == y[test]).float().mean()

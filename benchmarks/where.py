@@ -106,7 +106,7 @@ def main() -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     results, before = Results("where"), ceilings("cpu")
     model, batches = cases()[given.case]()
-    report = sylinit.initialize_(model, batches)
+    report = sylinit.initialize_(model, batches, code="mixed")
     needed = operations(model, report)
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ def main() -> None:
         runs["forward"].append(seconds(forward))
         spent: dict[str, float] = defaultdict(float)
         with timed(spent):
-            runs["initialise"].append(seconds(lambda: sylinit.initialize_(model, batches)))
+            runs["initialise"].append(seconds(lambda: sylinit.initialize_(model, batches, code="mixed")))
         for step in STEPS:
             runs[step].append(spent[step])
     speed = {name: max(each, before[name]) for name, each in ceilings("cpu").items()}

@@ -277,10 +277,10 @@ def test_the_head_is_what_makes_the_output_not_what_is_registered_last():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = sylinit.initialize_(First(), [vectors()])
+        report = sylinit.initialize_(First(), [vectors()], code="mixed")
         assert [report[name].code for name in ("body", "head")] == ["mixed", "head"]
     with pytest.warns(sylinit.SylinitWarning, match="promised"):  # what comes behind it is no prediction any more
-        report = sylinit.initialize_(First(), [vectors()], head="body")
+        report = sylinit.initialize_(First(), [vectors()], code="mixed", head="body")
     assert [report[name].code for name in ("body", "head")] == ["head", "mixed"]
 
 
@@ -288,7 +288,7 @@ def test_no_head_where_one_is_expected_is_warned_of():
     x, _ = vectors()
     batches = [(x, x[:, :2])]
     with pytest.warns(sylinit.SylinitWarning, match="no head was computed.*name the head by head=") as caught:
-        report = sylinit.initialize_(small_mlp(), batches)
+        report = sylinit.initialize_(small_mlp(), batches, code="mixed")
     assert {layer.code for layer in report.initialized} == {"mixed"}
     assert "'4' has 3 outputs" in str(report)
     assert caught[0].filename == __file__  # the user's own line
@@ -661,12 +661,12 @@ def test_attention_is_computed_once_for_its_projection_and_its_output(batch_firs
     x, y = torch.randn(40, 5, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64), torch.arange(40) % 3
     model = Attention(batch_first, mask)
     whole = copy.deepcopy(model)
-    sylinit.initialize_(whole, [(x, y)], config=Config(rows="all"))
+    sylinit.initialize_(whole, [(x, y)], code="mixed", config=Config(rows="all"))
     attend, calls = torch.nn.functional.softmax, []
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda *a, **k: calls.append(1) or attend(*a, **k))
     batches = list(zip(x.split(15), y.split(15), strict=True))
     MET.clear()
-    sylinit.initialize_(model, batches, config=Config(rows="all"), offload="disk")
+    sylinit.initialize_(model, batches, code="mixed", config=Config(rows="all"), offload="disk")
     assert len(calls) == 2 + len(batches)  # two of the trial run
     assert torch.allclose(weights(model), weights(whole), atol=1e-8)
     met = torch.cat(MET[2:])

@@ -17,7 +17,7 @@ class Config:
     Shares are between 0 and 1. Variances and lengths are of a unit's output or weight on the calibration data.
 
     Attributes:
-        label_share: of the units of the default code, how many follow the labels; the others are principal components.
+        label_share: of the units of the code "mixed", how many follow the labels; the others are principal components.
         normalized_label_share: the same in layers that feed a normalization where training samples are few. Label units
             lie along few, strong directions of the rows. Without a normalization that makes the loss more curved, and
             training less stable, the more there are of them.
@@ -74,7 +74,7 @@ class Config:
     head_encoding_weight: float | None = None
     variance: float = 1.0
     variance_floor: float = 0.1
-    logit_deviation: float = 0.5
+    logit_deviation: float = 0.1
     prior: bool = False
     scale_ratio: float = 100.0
     offset_ratio: float = 1000.0

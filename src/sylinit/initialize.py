@@ -52,7 +52,7 @@ def initialize_(
     ignore_index: int = -100,
     mask: str | Callable[[Any], Any] | None = "auto",
     samples: int = 2048,
-    code: Any = "mixed",
+    code: Any = "auto",
     layers: Any = None,
     head: Any = "auto",
     train_size: int | None = None,
@@ -73,13 +73,14 @@ def initialize_(
     and is then scaled to unit output variance and centered. Normalizations with running statistics get those of their
     input. Where training samples are few (fewer than ``config.few_samples``) they, and the layers that feed them, also
     start so that training moves them little: one that is as PyTorch makes it gets half its weight and a positive
-    offset, and filters before it He's length instead of unit variance.
+    offset, and filters before it He's length instead of unit variance. The layers before the head keep the weights that
+    they came with where held-out samples speak for it (``code="auto"``).
     Without labels there is no head: the last layer is computed like the others.
 
     The calibration set is one batch wherever its parts can be concatenated; the model then runs once, in the caller's
-    thread, after a trial run on a few samples that shows what each module computes. All or nothing: after any exception
-    the model is bit for bit what it was, plain attributes of its modules included. (Frozen parameters are never
-    written and not copied: what the model's own forward writes into them stays.)
+    thread, after a trial run on a few samples that shows what each module computes, and the trials of ``code="auto"``.
+    All or nothing: after any exception the model is bit for bit what it was, plain attributes of its modules included.
+    (Frozen parameters are never written and not copied: what the model's own forward writes into them stays.)
     Source: Das, Bhalgat and Porikli, arXiv 2105.10335.
 
     Args:
@@ -98,11 +99,15 @@ def initialize_(
         mask: which places of a sequence hold data: a key of a mapping, or a function of the batch that returns a tensor
             ``[n, length]``; "auto" takes ``attention_mask`` and ``src_key_padding_mask``. Padding counts nowhere.
         samples: at most so many are read: of lists spread evenly over all, of loaders the first, also of endless ones.
-        code: the latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a
-            callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``,
-            or a mapping from name pattern to any of these. Without labels the default falls back to "pca". "auto" tries
-            the recipes of `sylinit.plan.recipes`, the model's own body among them, on held-out samples and keeps the
-            best; it takes some twenty times as long as one recipe on few samples.
+        code: "auto" computes the layers before the head by the recipe "half" unless the model's own body below a
+            computed head is better by more than a standard error: both are computed from a part of the samples and
+            scored on the others, and a note of the report has the scores. That takes up to twice as long as a recipe
+            alone where samples are many, and some five times where they are few. Layers that ``layers=`` names are
+            computed in any case, as are all with ``overwrite=True``; without labels "auto" is "pca". Otherwise one
+            recipe of `sylinit.plan.recipes` by name ("half", "own", "first", ...), or one latent code: a name in
+            `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a callable
+            ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``, or a
+            mapping from name pattern to any of these.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Where no module is so called, ``"head"`` stands for the head
             alone, ``"last:2"`` for the last two layers that the data meets, and ``"new"`` for those that Transformers'
@@ -242,13 +247,16 @@ def _initialize(
                 torch.backends.mha.set_fastpath_enabled(False)  # it computes without calling the modules inside
                 with readable_inputs(model, {candidate.module for candidate in inventory.candidates}):
                     seen = _trial(model, inventory, data.batches[0], reader, transaction, processes, source.forward)
-                    context = Context(data, config, processes, transaction, seen.layouts)
-                    if wish.code == "auto":
-                        choice = choose(model, inventory, seen, wish, context, reader, call)
-                        wish = replace(wish, code=choice.recipe)
-                        notes = (choice.note,)
-                    plan = make_plan(model, inventory, seen, wish, data, config)
-                    context = replace(context, positions=_picked(plan, seen, data, transaction, processes, call))
+
+                    def plan_of(code: Any) -> Plan:
+                        return make_plan(model, inventory, seen, replace(wish, code=code), data, config)
+
+                    plan = plan_of(wish.code)
+                    positions = _picked(plan, seen, data, transaction, processes, call)
+                    context = Context(data, config, processes, transaction, seen.layouts, positions)
+                    if wish.code == "auto" and wish.layers is None and not wish.overwrite:
+                        choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
+                        plan, notes = choice.plan, choice.notes
                     run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)
                 before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))

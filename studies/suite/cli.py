@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
     run.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the reported runs; none to tune only")
     run.add_argument("--tuning-seeds", type=int, default=1, help="how many seeds each learning rate is tried with")
-    run.add_argument("--steps", type=int, default=STEPS)
+    run.add_argument("--rates", nargs="*", type=float, default=[], help="learning rates to try instead of the grid's")
+    run.add_argument("--steps", type=int, default=STEPS, help="0 measures initializations as they stand")
     run.add_argument("--data", type=Path, help="directory of cifar10, fashion_mnist, banking77; or SYLINIT_DATA")
     run.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     run.add_argument("--only-validation", action="store_true", help="never read a test set")
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tuning_seeds=args.tuning_seeds,
             steps=args.steps,
             test=not args.only_validation,
+            rates=tuple(args.rates),
         )
         failed = run_suite(plan, Store(args.out), directory=directory_of(args.data), workers=args.workers)
         if failed:

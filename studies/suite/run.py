@@ -51,8 +51,9 @@ class Plan:
         optimizer: "adamw" or "sgd".
         seeds: of the runs that are reported; empty to tune only.
         tuning_seeds: how many seeds each learning rate is tried with.
-        steps: training steps of a run.
+        steps: training steps of a run. With none, initializations are measured as they stand, and nothing is tuned.
         test: whether the reported runs read the test set. No tuning run does.
+        rates: the learning rates to try instead of those of the grid; empty for the grid.
     """
 
     tasks: tuple[Task, ...]
@@ -63,6 +64,13 @@ class Plan:
     tuning_seeds: int = 1
     steps: int = STEPS
     test: bool = False
+    rates: tuple[float, ...] = ()
+
+    def rates_for(self, task: Task) -> tuple[float, ...]:
+        """The learning rates that every method is tuned over on a task."""
+        if not self.steps:
+            return (0.0,)
+        return self.rates or grid_of(task, self.optimizer)
 
     def methods_for(self, task: Task) -> tuple[str, ...]:
         """The methods that make sense for a task."""
@@ -72,10 +80,10 @@ class Plan:
 
     def tuning(self, task: Task, method: str) -> list[Run]:
         """The runs that choose a learning rate; they are measured on the validation subset."""
-        seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
+        seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds if self.steps else TUNING_SEED)
         return [
             Run(task.name, method, seed, False, self.optimizer, lr, self.steps)
-            for lr in grid_of(task, self.optimizer)
+            for lr in self.rates_for(task)
             for seed in seeds
         ]
 
@@ -97,8 +105,10 @@ class Plan:
 
     def __len__(self) -> int:
         """Number of runs."""
-        each = len(grid_of(self.tasks[0], self.optimizer)) * self.tuning_seeds + len(self.seeds)
-        return each * sum(len(self.methods_for(task)) for task in self.tasks) + len(self.reference_runs())
+        initializations = sum(
+            len(self.methods_for(task)) * (len(self.tuning(task, "")) + len(self.seeds)) for task in self.tasks
+        )
+        return initializations + len(self.reference_runs())
 
 
 def grid_of(task: Task, optimizer: str) -> tuple[float, ...]:
@@ -121,7 +131,7 @@ def best_rate(plan: Plan, task: Task, method: str, results: dict[Run, dict[str, 
         heights = sum(point[1] for curve in curves for point in curve)
         return round(ends, 9), round(heights, 9), -lr
 
-    return max(grid_of(task, plan.optimizer), key=merit)
+    return max(plan.rates_for(task), key=merit)
 
 
 class Store:

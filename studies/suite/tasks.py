@@ -54,7 +54,7 @@ TABLE: list[tuple[str, int, str]] = [
     ("cifar10", 10, "resnet mixer"),
     ("cifar10", 100, "vit"),
     ("fashion-mnist", 20, "lenet5 resnet mobilenet convnext vit mixer mlp"),
-    ("digits", 10, "vgg-bn vit"),
+    ("digits", 10, "vgg vgg-bn vgg-linear resnet wide-resnet mobilenet convnext vit mixer"),
     ("italy-power-demand", 10, "fcn gru"),
     ("gun-point", 10, "fcn inception"),
     ("arrow-head", 10, "fcn"),

@@ -107,7 +107,7 @@ def trained(run: Run, task: Task, data: Parts, device: torch.device) -> dict[str
         initialization = initialize(run.method, model, batches, torch.Generator().manual_seed(run.seed))
         torch.manual_seed(run.seed)  # dropout is the same whatever the method has drawn
         optimizer = make_optimizer(run, [p for p in model.parameters() if p.requires_grad])
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape_of_rate(step / run.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape_of_rate(step / max(1, run.steps)))
         measured, read = ({round(share * run.steps) for share in shares} for shares in (CURVE, MILESTONES))
         order = sample_order(len(train), task.batch_size, run.seed)
         curve: list[list[Any]] = []

@@ -148,6 +148,8 @@ def sylinit(model: nn.Module, x: Tensor, y: Tensor, seed: int, *, samples: int =
     """`sylinit.initialize_` on up to `samples` of the training samples; `options`: also fields of `Config`."""
     pytorch(model, x, y, seed)
     constants = {name: options.pop(name) for name in [field.name for field in fields(Config)] if name in options}
+    if constants:  # an ablation is of one recipe
+        options.setdefault("code", "mixed")
     if "encoding_weight" in constants:  # of all layers
         constants["head_encoding_weight"] = constants["encoding_weight"]
     config = replace(options.pop("config", Config()), **constants)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Goal:
     mean: Tensor
     share: Tensor
     present: Tensor
+
+    def of_part(self, targets: tuple[Tensor, ...], vectors: tuple[Tensor, ...], processes: Processes) -> Goal:
+        """The same of some of the samples, whose targets and vectors these are."""
+        mean, share = _mean(vectors, processes)
+        return replace(self, targets=targets, vectors=vectors, mean=mean, share=share)
 
     def of_head(self, units: int, processes: Processes) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """The vectors that a head's outputs are fitted to, their mean, and, for wide heads, which outputs they are.

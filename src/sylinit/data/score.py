@@ -138,6 +138,27 @@ def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
     return Score(loss=float(error.mean()), r2=float(1 - error.sum() / total) if float(total) > 0 else None)
 
 
+def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
+    """What each prediction is worth: 1 or 0 for classes, the share of right labels, or 1 - squared error / spread.
+
+    Args:
+        goal: what was to be predicted.
+        y: ``[n, k]`` outputs.
+        t: ``[n]`` class indices, or ``[n, c]`` values, NaN where missing.
+        spread: variance of the values.
+    """
+    if goal.task.classes:
+        guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
+        return (guess == t).double()
+    if goal.task.name == "multiclass":  # shares of classes
+        return (y.argmax(1) == t.argmax(1)).double()
+    known = ~t.isnan()
+    count = known.sum(1).clamp(min=1)
+    if goal.task.name in ("multilabel", "binary"):
+        return (((y > 0) == (t > 0.5)) & known).double().sum(1) / count
+    return 1 - torch.where(known, y - t, 0).square().sum(1) / (count * spread)
+
+
 def fitted_score(goal: Goal, y: Tensor, t: Tensor) -> Score:
     """The score of a head's outputs on the vectors that it was fitted to.
 

@@ -1,167 +1,306 @@
 """``code="auto"``: which recipe is best for a model and its data, by cross-validation that costs no training.
 
-The samples are cut into folds. For each recipe and each fold the model is initialized from the other folds, and its
-output on the fold is scored: neither the layers nor the head have seen it. Accuracy before training tells which start
-ends higher. Where no recipe is better than the model's own body by more than a standard error of the paired
-difference, the body stays as it came.
+The samples are cut into folds. For each recipe and each fold the model is initialized from samples outside the fold,
+and its output on the fold is scored: neither the layers nor the head have seen it. Accuracy before training tells which
+start ends higher. Where the model's own body is credibly better than every recipe, it stays as it came.
+
+What it costs: recipes that do the same to a model are tried once, a trial computes from at most `SEEN` samples, and
+there are no more folds than give `JUDGED` predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sylinit.codes import Code
 from sylinit.data.batches import Batch, Reader
 from sylinit.data.goals import Goal
-from sylinit.data.score import flat
-from sylinit.errors import SylinitError
+from sylinit.data.score import flat, worth_of
+from sylinit.errors import SylinitError, SylinitWarning
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import module_name
-from sylinit.plan.inventory import Inventory
 from sylinit.plan.one_pass import Pass
-from sylinit.plan.plan import Plan, Wish, make_plan
-from sylinit.plan.recipes import OWN, RECIPES, Recipe
-from sylinit.plan.sites import Context
+from sylinit.plan.plan import Plan
+from sylinit.plan.recipes import FALLBACK, OWN, RECIPES, TRIED, Recipe
+from sylinit.plan.sites import Context, MatrixSite
 from sylinit.plan.trace import Trace, output_tensors
+from sylinit.runtime.processes import Processes
 
 FEWEST = 20
 """Fewer samples than this cannot tell recipes apart."""
 
-SAMPLES = 768
-"""So many samples, spread evenly, are enough to choose by."""
-
 FOLDS = 3
+
+SEEN = 512
+"""A trial computes the model from at most so many samples."""
+
+JUDGED = 512
+"""So many predictions of each recipe are enough to choose by."""
+
+ERRORS = 1.0
+"""The own body is kept if it is better than every recipe by more than so many standard errors of the difference."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, and how it was chosen.
+    """What is to be done, and how it was chosen.
 
     Attributes:
-        recipe: the recipe.
-        note: for the report.
+        plan: of the recipe that was taken.
+        notes: for the report; none where all recipes do the same.
     """
 
-    recipe: Recipe
-    note: str
+    plan: Plan
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of this process's batches.
+
+    Attributes:
+        batches: parts of those batches that have any of the samples.
+        places: the numbers of these batches.
+        indices: which samples of each of them, int64 on the CPU.
+        samples: how many there are in all processes.
+        before: how many there are in processes of lower rank.
+    """
+
+    batches: tuple[Batch, ...]
+    places: tuple[int, ...]
+    indices: tuple[Tensor, ...]
+    samples: int
+    before: int
+
+    def of(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The samples' part of one tensor (or None) a batch."""
+        chosen = ((values[place], index) for place, index in zip(self.places, self.indices, strict=True))
+        return tuple(None if value is None else value[index.to(value.device)] for value, index in chosen)
+
+    def goal(self, goal: Goal, processes: Processes) -> Goal:
+        """What is known of the samples."""
+        return goal.of_part(self.of(goal.targets), self.of(goal.vectors), processes)
 
 
 def choose(
+    plan: Plan,
+    plan_of: Callable[[Recipe], Plan],
     model: nn.Module,
-    inventory: Inventory,
     trace: Trace,
-    wish: Wish,
     context: Context,
     reader: Reader,
     call: Callable[[Batch], Any],
+    offload: bool | str,
 ) -> Choice:
-    """Try every recipe and keep the best.
+    """Try every recipe and keep the best; where they cannot be tried, the fallback.
 
     Args:
+        plan: of the fallback.
+        plan_of: the plan of a recipe.
         model: in eval mode; it is put back after each trial.
-        inventory: its parts.
         trace: what the trial run showed.
-        wish: what the user asked for.
         context: of the pass.
         reader: which read the batches.
         call: runs the model on a batch.
+        offload: where the activations of waiting batches go.
     """
-    fallback = RECIPES["mixed"]
-    batch = context.data.batches[0]
-    whole = _plan(model, inventory, trace, wish, context, fallback)
-    if not whole.heads.goals:
-        return Choice(fallback, "code='auto': there is no head to judge recipes by, so 'mixed' was taken")
-    if len(context.data.batches) > 1 or batch.samples < FEWEST:
-        return Choice(fallback, "code='auto': the samples cannot be cut into folds, so 'mixed' was taken")
-    view, goal = next(iter(whole.heads.goals.items()))
-    index = torch.arange(min(SAMPLES, batch.samples)) * batch.samples // min(SAMPLES, batch.samples)
-    folds = _folds(goal, index)
-    found: dict[str, list[Tensor]] = {name: [] for name in RECIPES}
-    for fold in range(FOLDS):
-        seen, held = (reader.part(batch, part) for part in (index[folds != fold], index[folds == fold]))
-        for name, recipe in RECIPES.items():
-            found[name].append(_held_out(model, inventory, trace, wish, context, recipe, view, seen, held, call))
-            context.transaction.rewind()
-    shared = context.processes.agree(lambda: {name: torch.cat(parts).tolist() for name, parts in found.items()})
-    values = {name: torch.tensor([v for each in shared for v in each[name]]) for name in RECIPES}
-    return _best(values)
+
+    def fallback(reason: str) -> Choice:
+        return Choice(plan, (f"code='auto': {reason}, so {FALLBACK.name!r} was taken",))
+
+    if plan.heads.told is None:
+        return Choice(plan)  # whose notes say that there are no labels
+    if not plan.heads.goals:
+        return fallback("there is no head to judge recipes by")
+    plans = _distinct(plan, plan_of)
+    if len(plans) == 1:
+        return Choice(plan)
+    if context.data.samples < FEWEST:
+        return fallback(f"{context.data.samples} samples are too few to judge recipes by")
+    try:
+        values = _held_out(plans, plan.heads.goals, model, trace, context, reader, call, offload)
+    except Exception as error:  # in whatever a model cannot do with other batches than the user's
+        context.processes.announce(error)
+        context.transaction.rewind()
+        return fallback(f"the recipes could not be tried on parts of the samples ({error})")
+    labels = len(values[OWN.name])
+    if labels < FEWEST:
+        return fallback(f"{labels} labels are too few to judge recipes by")
+    return _best(values, plans)
 
 
-def _plan(model: nn.Module, inventory: Inventory, trace: Trace, wish: Wish, context: Context, recipe: Recipe) -> Plan:
-    return make_plan(model, inventory, trace, replace(wish, code=recipe), context.data, context.config)
+def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
+    """The plans of the recipes to try, without those that do the same as an earlier one."""
+    found: dict[str, Plan] = {}
+    known: set[frozenset[tuple[str, Code]]] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SylinitWarning)  # the fallback's plan has given them
+        for recipe in TRIED:
+            each = plan if recipe is FALLBACK else plan_of(recipe)
+            does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
+            if does not in known:
+                known.add(does)
+                found[recipe.name] = each
+    return found
 
 
 def _held_out(
+    plans: Mapping[str, Plan],
+    goals: Mapping[LayerView, Goal],
     model: nn.Module,
-    inventory: Inventory,
     trace: Trace,
-    wish: Wish,
     context: Context,
-    recipe: Recipe,
-    head: LayerView,
-    seen: Batch,
-    held: Batch,
+    reader: Reader,
     call: Callable[[Batch], Any],
-) -> Tensor:
-    """How well each held-out sample is predicted by the model initialized from the others: 1 is right, 0 wrong."""
-    data = context.data
-    size = sum(data.processes.agree(lambda: seen.samples))
-    train = replace(data, batches=(seen,), samples=size)
-    here = replace(context, data=train, promises={})
-    plan = _plan(model, inventory, trace, replace(wish, train_size=wish.train_size or data.train_size), here, recipe)
-    run = Pass(plan, here, model, trace, offload=False, progress=None)
+    offload: bool | str,
+) -> dict[str, list[float]]:
+    """What each recipe's prediction of each held-out sample with a label is worth, in all processes.
+
+    The first head is judged. The same samples come in the same order for every recipe, however the data is cut.
+    """
+    processes = context.processes
+    head, goal = next(iter(goals.items()))
+    spread = _spread(goal, processes)
+    folds = _folds(goal, processes)
+    count = min(FOLDS, math.ceil(JUDGED * FOLDS / len(folds)))
+    found: dict[str, list[float]] = {name: [] for name in plans}
+    for fold in range(count):
+        inside, outside = _at_most(JUDGED, folds == fold), _at_most(SEEN, folds != fold)
+        seen, held = (processes.together(partial(_part, which, context, reader)) for which in (outside, inside))
+        parts = {view.name: seen.goal(each, processes) for view, each in goals.items()}
+        wanted = replace(goal, targets=held.of(goal.targets))
+        here = replace(
+            context,
+            data=replace(context.data, batches=seen.batches, samples=seen.samples, before=seen.before),
+            positions={name: seen.of(values) for name, values in context.positions.items()},
+            promises={},
+        )
+        for name, plan in plans.items():
+            _compute(plan, parts, here, model, trace, call, offload)
+            worth = processes.agree(partial(_worth, head, wanted, spread, held, trace, call))
+            found[name] += [value for values in worth for value in values]
+            context.transaction.rewind()
+    return found
+
+
+def _compute(
+    plan: Plan,
+    goals: Mapping[str, Goal],
+    context: Context,
+    model: nn.Module,
+    trace: Trace,
+    call: Callable[[Batch], Any],
+    offload: bool | str,
+) -> None:
+    """Compute a plan's sites from some of the samples."""
+    told = next(iter(goals.values()))
+
+    def goal_of(site: MatrixSite) -> Goal | None:
+        return site.goal and (goals[site.name] if site.is_head else told)
+
+    sites = [replace(site, goal=goal_of(site)) if isinstance(site, MatrixSite) else site for site in plan.sites]
+    run = Pass(replace(plan, sites=tuple(sites)), context, model, trace, offload, progress=None)
     try:
         run.through(call)
     finally:
         run.end()
-    outputs = list(output_tensors(call(held)))
-    goal = _plan(model, inventory, trace, wish, replace(context, data=replace(data, batches=(held,))), OWN).heads.goals
+
+
+def _part(which: Tensor, context: Context, reader: Reader) -> Part:
+    """The samples of this process that have these numbers in all data, increasing."""
+    start = context.data.before
+    batches, places, indices = [], [], []
+    for place, batch in enumerate(context.data.batches):
+        mine = which[(which >= start) & (which < start + batch.samples)] - start
+        start += batch.samples
+        if len(mine):
+            batches.append(reader.part(batch, mine))
+            places.append(place)
+            indices.append(mine)
+    if not batches:
+        raise SylinitError("a process would have none of them")
+    before = int((which < context.data.before).sum())
+    return Part(tuple(batches), tuple(places), tuple(indices), len(which), before)
+
+
+def _at_most(count: int, chosen: Tensor) -> Tensor:
+    """The places of so many true entries at most, spread evenly over all."""
+    places = chosen.nonzero().squeeze(1)
+    count = min(count, len(places))
+    return places[torch.arange(count) * len(places) // max(1, count)]
+
+
+def _worth(
+    head: LayerView, goal: Goal, spread: float, held: Part, trace: Trace, call: Callable[[Batch], Any]
+) -> list[float]:
+    """What the prediction of each held-out sample with a label is worth: the mean over its places."""
+    outputs = [list(output_tensors(call(batch))) for batch in held.batches]
     for place, output in enumerate(trace.outputs):
-        if module_name(head) not in output.made_by or place >= len(outputs):
+        if module_name(head) not in output.made_by or any(place >= len(each) for each in outputs):
             continue
-        pair = flat(goal[head], [outputs[place]], channels_first=isinstance(head, ConvView))
-        if pair is not None and pair[0].shape[1] == head.units:
-            return _values(goal[head], *pair)
-    raise SylinitError("code='auto': the model's output does not have the form of its targets; pass code='mixed'")
+        pair = flat(goal, [each[place] for each in outputs], channels_first=isinstance(head, ConvView))
+        if pair is None or pair[0].shape[1] != head.units:
+            continue
+        known = [target >= 0 if goal.task.classes else ~target.isnan().all(-1) for target in goal.targets]
+        counts = torch.cat([each.flatten(1).sum(1) if each.ndim > 1 else each.long() for each in known])
+        values = worth_of(goal, *pair, spread).cpu().split(counts.tolist())
+        return [float(each.mean()) for each in values if len(each)]
+    raise SylinitError("the model's output does not have the form of its targets")
 
 
-def _values(goal: Goal, y: Tensor, t: Tensor) -> Tensor:
-    """What each prediction is worth: 1 or 0 for classes, the share of right labels, or 1 - error / variance."""
+def _spread(goal: Goal, processes: Processes) -> float:
+    """The variance of target values in all processes; 1 for classes."""
     if goal.task.classes:
-        guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
-        return (guess == t).double()
-    if goal.task.name == "multiclass":
-        return (y.argmax(1) == t.argmax(1)).double()
-    known = ~t.isnan()
-    if goal.task.name in ("multilabel", "binary"):
-        return (((y > 0) == (t > 0.5)) & known).double().sum(1) / known.sum(1).clamp(min=1)
-    variance = (t - t.nanmean(0)).square().nanmean().clamp(min=1e-12)
-    return 1 - (torch.where(known, y - t, 0).square().sum(1) / known.sum(1).clamp(min=1)) / variance
+        return 1.0
+    away = torch.cat([vectors.flatten(0, -2) for vectors in goal.vectors]) - goal.mean
+    sums = torch.stack([away.square().nansum(), (~away.isnan()).double().sum()])
+    total, count = processes.sum_(sums).tolist()
+    return max(total / max(count, 1), 1e-12)
 
 
-def _folds(goal: Goal, index: Tensor) -> Tensor:
-    """A fold for each sample, with the classes spread evenly over the folds."""
-    target = goal.targets[0][index.to(goal.targets[0].device)].cpu()
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
-    if goal.task.classes and target.ndim == 1:
-        order = order[target[order].argsort(stable=True)]
+def _folds(goal: Goal, processes: Processes) -> Tensor:
+    """A fold for each sample of all processes, with the classes spread evenly over the folds."""
+
+    def strata() -> list[int]:
+        by_class = goal.task.classes and goal.targets[0].ndim == 1
+        return [int(label) for target in goal.targets for label in (target.tolist() if by_class else [0] * len(target))]
+
+    stratum = torch.tensor([label for each in processes.agree(strata) for label in each])
+    order = torch.randperm(len(stratum), generator=torch.Generator().manual_seed(0))
+    order = order[stratum[order].argsort(stable=True)]
     folds = torch.empty_like(order)
     folds[order] = torch.arange(len(order)) % FOLDS
     return folds
 
 
-def _best(values: dict[str, Tensor]) -> Choice:
-    """The best recipe, or the model's own body where none is better by more than a standard error."""
-    means = {name: float(value.mean()) for name, value in values.items()}
-    best = max(means, key=lambda name: means[name])
-    difference = values[best] - values[OWN.name]
-    error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else float("inf")
-    taken = best if means[best] - means[OWN.name] > error else OWN.name
-    scores = ", ".join(f"{name} {mean:.3f}" for name, mean in sorted(means.items(), key=lambda item: -item[1]))
-    said = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); held-out scores"
-    return Choice(RECIPES[taken], f"{said} of {len(difference)} predictions: {scores}")
+def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> Choice:
+    """The best recipe, or the model's own body where that is credibly better."""
+    known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
+    means = {name: float(each.mean()) if bool(each.isfinite().all()) else -math.inf for name, each in known.items()}
+    best = max((name for name in known if name != OWN.name), key=lambda name: means[name])
+    difference, error = _difference(known[best], known[OWN.name])
+    keep = not math.isfinite(means[best]) or difference < -ERRORS * error
+    taken = OWN.name if keep else best
+    scores = ", ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=lambda name: -means[name]))
+    return Choice(
+        plans[taken],
+        (
+            f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[best])} held-out samples: "
+            f"{scores}; {best} over own {difference:+.3f} ± {error:.3f}",
+        ),
+    )
+
+
+def _difference(values: Tensor, own: Tensor) -> tuple[float, float]:
+    """The mean of the paired differences, and its standard error."""
+    difference = values - own
+    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5

@@ -19,7 +19,7 @@ from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, find_heads, module_name
 from sylinit.plan.inventory import Inventory
-from sylinit.plan.recipes import Recipe
+from sylinit.plan.recipes import Recipe, recipe_named
 from sylinit.plan.selection import matches, require_match, selector
 from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import Trace
@@ -52,7 +52,7 @@ class Wish:
     """
 
     layers: Any = None
-    code: Any = "mixed"
+    code: Any = "auto"
     head: Any = "auto"
     task: str = "auto"
     classes: int | None = None
@@ -289,7 +289,7 @@ def _advice(sites: Sequence[Site], wish: Wish, heads: Heads, data: CalibrationSe
     """What a user should know of codes that fell back and of normalizations that start otherwise."""
     notes = []
     used = {site.code.name for site in sites if isinstance(site, MatrixSite)}
-    asked = as_code(wish.code).name if isinstance(wish.code, str) else None
+    asked = wish.code if recipe_named(wish.code) else as_code(wish.code).name if isinstance(wish.code, str) else None
     if asked and heads.told is None and used and asked not in used:
         notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(used))!r}")
     held = any(getattr(site, "held", False) or getattr(site, "role", "") == "directions" for site in sites)
@@ -319,6 +319,7 @@ def _feeds_normalization(view: LayerView) -> bool:
 
 def _codes(code: Any, names: list[str]) -> Callable[[LayerView, bool], Code | None]:
     """A function from a layer, and whether it reads the data itself, to its latent code; None keeps the layer."""
+    code = recipe_named(code) or code
     if isinstance(code, Recipe):
         return code.rule
     if not isinstance(code, Mapping):

@@ -1,13 +1,14 @@
 """Recipes: what happens to each kind of layer before the head. ``code="auto"`` chooses among them.
 
 A recipe is a rule from a layer to its latent code, or None where the layer keeps the weights that it came with. All of
-them compute the head.
+them compute the head. ``code="half"``, or any other name here, is that recipe and one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -28,8 +29,11 @@ class Recipe:
     rule: Rule
 
 
+HALF = mixed(0.5)
+
+
 def _half(view: LayerView, entry: bool) -> Code | None:
-    return mixed(0.5) if not isinstance(view, ConvView) else CODES["mixed"]
+    return HALF if not isinstance(view, ConvView) else CODES["mixed"]
 
 
 def _own_attention(view: LayerView, entry: bool) -> Code | None:
@@ -43,7 +47,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         OWN,
         Recipe("mixed", "principal components and label units in every layer", lambda view, entry: CODES["mixed"]),
-        Recipe("half", "half of the units of linear layers from labels", _half),
+        Recipe("half", "principal components and label units, in linear layers half of each", _half),
         Recipe("pca", "principal components in every layer", lambda view, entry: CODES["pca"]),
         Recipe(
             "first",
@@ -54,3 +58,16 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 """By name, the model's own body first."""
+
+FALLBACK = RECIPES["half"]
+"""What ``code="auto"`` takes where recipes cannot be tried."""
+
+TRIED = (OWN, FALLBACK)
+"""What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
+
+
+def recipe_named(code: Any) -> Recipe | None:
+    """The recipe that a ``code=`` names, `FALLBACK` for "auto"; None for a registered code, or no recipe."""
+    if isinstance(code, str) and code == "auto":
+        return FALLBACK
+    return RECIPES.get(code) if isinstance(code, str) and code not in CODES else None

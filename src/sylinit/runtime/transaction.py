@@ -63,6 +63,7 @@ class Transaction:
 
     def rewind(self) -> None:
         """Undo what a trial run of the model has changed, and stay in the pass: modes and switches stay as they are."""
+        self._kept.clear()
         with torch.no_grad(), held_interrupts():
             self._working_parts.restore()
             self._restore_numbers(set())
