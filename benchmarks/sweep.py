@@ -583,7 +583,7 @@ def state(row: dict[str, Any], call: str) -> tuple[str, str]:
         return "crashed", result["crashed"]
     tied = "/causal-tied/" in row["family"]
     if "refused" in result:
-        return "refused", result["refused"]
+        return ("tied, kept", "") if tied and "is tied to" in result["refused"] else ("refused", result["refused"])
     said = "; ".join((*result["warnings"], *result["notes"]))
     if not result["heads"]:
         if tied:
