@@ -102,11 +102,12 @@ def initialize_(
         code: "auto" tries two recipes, "mixed" and "half", and the model's own body below a computed head: each is
             computed from a part of the samples and scored on the others; the best is taken, and a note of the report
             has the scores. That takes two to three times as long as one recipe where samples are many, and some six
-            times where they are few. Layers that ``layers=`` names are computed by "mixed" without a choice, as are all with
-            ``overwrite=True``; without labels "auto" is "pca". Otherwise one recipe of `sylinit.plan.recipes` by name
-            ("mixed", "half", "own", ...), or one latent code: a name in `sylinit.CODES`, ``"mixed:0.5"`` for a share of
-            label units, a `Code`, a callable ``(x, target, units, generator) -> s``, a scikit-learn transformer, a
-            tensor ``[samples, units]``, or a mapping from name pattern to any of these.
+            times where they are few. Layers that ``layers=`` names are computed by "mixed" without a choice, as are
+            all with ``overwrite=True``; without labels "auto" is "pca". Otherwise one recipe of
+            `sylinit.plan.recipes` by name ("mixed", "half", "own", ...), or one latent code: a name in
+            `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a callable
+            ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``, or a
+            mapping from name pattern to any of these.
         layers: which layers: a name pattern (of the layer or of a module that holds it), a module type, a predicate
             ``(name, module) -> bool``, or a list of these. Where no module is so called, ``"head"`` stands for the head
             alone, ``"last:2"`` for the last two layers that the data meets, and ``"new"`` for those that Transformers'
