@@ -230,12 +230,13 @@ def logits(tenth: Values, half: Values) -> str:
 
 
 def lines(title: str, found: dict[str, Any], reference: dict[str, float]) -> str:
-    """A table in Markdown of strategies on the tasks that all of them and the reference have.
+    """A table in Markdown of the strategies that have a value on every task.
 
     The mean over tasks comes with its standard error; differences of a task are those of its means over seeds.
     """
     means = {name: by_task(values) for name, values in found.items() if values}
-    tasks = [task for task in reference if all(task in values for values in means.values())]
+    tasks = [task for task in reference if task in means.get("own", {})]
+    means = {name: values for name, values in means.items() if set(tasks) <= values.keys()}
     if len(tasks) < 2:
         return f"{title}: too few tasks\n"
     rows = []

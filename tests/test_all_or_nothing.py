@@ -381,9 +381,9 @@ def test_after_a_failure_a_second_call_gives_what_a_first_one_gives():
             raise Boom
 
     with pytest.raises(Boom):
-        sylinit.initialize_(model, [(x, y)], progress=progress)
+        sylinit.initialize_(model, [(x, y)], code="mixed", progress=progress)
     for each in (model, other):
-        sylinit.initialize_(each, [(x, y)])
+        sylinit.initialize_(each, [(x, y)], code="mixed")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 

@@ -317,7 +317,7 @@ def test_constant_inputs_are_left_as_they_were_and_the_report_says_so(value):
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     before = [p.detach().clone() for p in model.parameters()]
     for rows in (None, "all", 5):
-        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], config=Config(rows=rows))
+        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], code="mixed", config=Config(rows=rows))
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert "constant" in report["0"].reason
         assert "left alone: 0" in str(report)

@@ -75,7 +75,7 @@ def test_filters_before_a_normalization_are_as_long_as_configured_or_of_unit_var
     x, y = pictures()
     for length in (2**0.5, 0.7, None):
         model = small_resnet()
-        sylinit.initialize_(model, [(x, y)], config=Config(filter_length=length))
+        sylinit.initialize_(model, [(x, y)], code="mixed", config=Config(filter_length=length))
         filters = model[3].conv1.weight.detach().flatten(1)
         seen = []
         model[3].conv1.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))

@@ -73,7 +73,7 @@ def test_the_result_does_not_depend_on_the_weights_it_replaces():
     first, second = small_resnet(), small_resnet()
     assert not torch.equal(first[0].weight, second[0].weight)
     for model in (first, second):
-        sylinit.initialize_(model, [(x, y)])
+        sylinit.initialize_(model, [(x, y)], code="mixed")
     assert torch.equal(first[0].weight, second[0].weight)
 
 
@@ -113,9 +113,9 @@ def test_a_fresh_normalization_starts_at_half_scale_and_the_function_is_the_same
 def test_with_many_training_samples_normalizations_are_as_pytorch_makes_them_and_filters_of_unit_variance():
     x, y = images()
     model, fewer, by_default = small_resnet(), small_resnet(), small_resnet()
-    report = sylinit.initialize_(model, [(x, y)], train_size=Config().few_samples)
-    sylinit.initialize_(fewer, [(x, y)], train_size=Config().few_samples - 1)
-    note = [note for note in sylinit.initialize_(by_default, [(x, y)]).notes if " few" in note]
+    report = sylinit.initialize_(model, [(x, y)], code="mixed", train_size=Config().few_samples)
+    sylinit.initialize_(fewer, [(x, y)], code="mixed", train_size=Config().few_samples - 1)
+    note = [note for note in sylinit.initialize_(by_default, [(x, y)], code="mixed").notes if " few" in note]
     assert torch.equal(weights(fewer), weights(by_default))
     assert re.search(f"^{len(x)} samples are few.*; pass train_size= if it is on 3,000 or more", *note)
     assert not any(" few" in note for note in report.notes)
@@ -261,7 +261,7 @@ def test_a_layer_of_one_output_is_no_head_where_another_has_two():
         def forward(self, bag):
             return self.fc((self.attention(bag).softmax(1) * bag).sum(1))
 
-    report = sylinit.initialize_(Pooled(), [(torch.randn(40, 5, 12), torch.arange(40) % 2)])
+    report = sylinit.initialize_(Pooled(), [(torch.randn(40, 5, 12), torch.arange(40) % 2)], code="mixed")
     assert report["fc"].code == "head"
     assert report["attention"].code == "mixed"
 
@@ -352,7 +352,7 @@ def test_shared_modules_and_tied_weights_are_computed_once():
             return self.head(self.tied(self.first(self.first(x).relu()).relu()).relu())
 
     model = Shared()
-    report = sylinit.initialize_(model, [vectors()])
+    report = sylinit.initialize_(model, [vectors()], code="mixed")
     assert {layer.name for layer in report.initialized} == {"first", "head"}
     assert "tied" in report["tied"].reason
     assert model.tied.weight is model.first.weight
@@ -681,7 +681,7 @@ def test_constant_inputs_are_left_alone():
     x, y = vectors()
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
     before = weights(model)
-    report = sylinit.initialize_(model, [(torch.ones_like(x), y)])
+    report = sylinit.initialize_(model, [(torch.ones_like(x), y)], code="mixed")
     assert "constant" in report["0"].reason
     assert torch.equal(before, weights(model))
 
@@ -690,9 +690,9 @@ def test_fewer_rows_than_dimensions_equal_the_exact_solver(monkeypatch):
     x, y = vectors(count=20, dim=50)
     x = x.double()
     models = [nn.Sequential(nn.Linear(50, 12), nn.ReLU(), nn.Linear(12, 3)).double() for _ in range(2)]
-    reports = [sylinit.initialize_(models[0], [(x, y)])]
+    reports = [sylinit.initialize_(models[0], [(x, y)], code="mixed")]
     monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [Exact()])
-    reports.append(sylinit.initialize_(models[1], [(x, y)]))
+    reports.append(sylinit.initialize_(models[1], [(x, y)], code="mixed"))
     assert [report["0"].solver for report in reports] == ["row-space", "exact"]
     with torch.no_grad():
         one, other = (model[0](x) for model in models)
@@ -701,7 +701,7 @@ def test_fewer_rows_than_dimensions_equal_the_exact_solver(monkeypatch):
 
 def test_progress_is_reported_for_every_site():
     calls = []
-    sylinit.initialize_(small_resnet(), [images()], progress=lambda *event: calls.append(event))
+    sylinit.initialize_(small_resnet(), [images()], code="mixed", progress=lambda *event: calls.append(event))
     assert [done for done, _, _ in calls] == list(range(1, 8))
     assert {total for _, total, _ in calls} == {7}
 

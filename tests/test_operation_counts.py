@@ -32,7 +32,7 @@ def operations_for_each_matrix(model: nn.Module, x: Tensor, y: Tensor, **argumen
     with torch.no_grad(), Operations() as forward:
         model.eval()(x)
     with Operations() as all_of_it:
-        report = sylinit.initialize_(model, [(x, y)], **arguments)
+        report = sylinit.initialize_(model, [(x, y)], code="mixed", **arguments)
     return (all_of_it.counts.total() - forward.counts.total()) / len(report.initialized)
 
 

@@ -99,12 +99,12 @@ def initialize_(
         mask: which places of a sequence hold data: a key of a mapping, or a function of the batch that returns a tensor
             ``[n, length]``; "auto" takes ``attention_mask`` and ``src_key_padding_mask``. Padding counts nowhere.
         samples: at most so many are read: of lists spread evenly over all, of loaders the first, also of endless ones.
-        code: "auto" computes the layers before the head by the recipe "half" unless the model's own body below a
-            computed head is better by more than a standard error: both are computed from a part of the samples and
-            scored on the others, and a note of the report has the scores. That takes up to twice as long as a recipe
-            alone where samples are many, and some five times where they are few. Layers that ``layers=`` names are
-            computed in any case, as are all with ``overwrite=True``; without labels "auto" is "pca". Otherwise one
-            recipe of `sylinit.plan.recipes` by name ("half", "own", "first", ...), or one latent code: a name in
+        code: "auto" tries two recipes, "mixed" and "half", and the model's own body below a computed head: each is
+            computed from a part of the samples and scored on the others; the best is taken, and a note of the report
+            has the scores. That takes two to three times as long as one recipe where samples are many, and some six
+            times where they are few. Layers that ``layers=`` names are computed by "mixed" without a choice, as are
+            all with ``overwrite=True``; without labels "auto" is "pca". Otherwise one recipe of
+            `sylinit.plan.recipes` by name ("mixed", "half", "own", ...), or one latent code: a name in
             `sylinit.CODES`, ``"mixed:0.5"`` for a share of label units, a `Code`, a callable
             ``(x, target, units, generator) -> s``, a scikit-learn transformer, a tensor ``[samples, units]``, or a
             mapping from name pattern to any of these.

@@ -526,7 +526,7 @@ FOLDS = [
 def test_labels_reach_the_rows_of_their_own_sample_or_none(way, size):
     x, y = clusters(120)
     model = Folded(way)
-    outcome = served(model, cut(x, y, size))
+    outcome = served(model, cut(x, y, size), code="mixed")
     reached = accuracy(run(model, x), y)
     if way in RECOGNIZED or reached >= 0.97:
         assert reached >= 0.97
@@ -1201,7 +1201,7 @@ def test_images_of_bytes_are_scaled_by_the_model_or_by_nobody(scales, size):
     rows, y = clusters(200, dim=64)
     x = (rows * 20 + 128).clamp(0, 255).round().to(torch.uint8).view(200, 1, 8, 8)
     model = Bytes(scales=scales)
-    outcome = attempt(model, cut(x, y, size))
+    outcome = attempt(model, cut(x, y, size), code="mixed")
     if not scales and not outcome.served:
         check_refusal(outcome, ("uint8", "integer", "byte"), ("float()",))
         return

@@ -122,7 +122,7 @@ def test_what_outlives_a_failure_is_whole(stays):
         LAST.clear()
         model.fail = True
         with pytest.raises(RuntimeError, match="at the end"):
-            run(model, batches(), forward=late)
+            run(model, batches(), code="mixed", forward=late)
         outlived.append(list(LAST))
     expected, last = outlived
     assert len(last) == 2 + 4

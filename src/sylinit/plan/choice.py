@@ -2,7 +2,7 @@
 
 The samples are cut into folds. For each recipe and each fold the model is initialized from samples outside the fold,
 and its output on the fold is scored: neither the layers nor the head have seen it. Accuracy before training tells which
-start ends higher. Where the model's own body is credibly better than every recipe, it stays as it came.
+start ends higher. Where no recipe is better than the model's own body, it stays as it came.
 
 What it costs: recipes that do the same to a model are tried once, a trial computes from at most `SEEN` samples, and
 there are no more folds than give `JUDGED` predictions.
@@ -45,9 +45,6 @@ SEEN = 512
 
 JUDGED = 512
 """So many predictions of each recipe are enough to choose by."""
-
-ERRORS = 1.0
-"""The own body is kept if it is better than every recipe by more than so many standard errors of the difference."""
 
 
 @dataclass(frozen=True)
@@ -283,21 +280,18 @@ def _folds(goal: Goal, processes: Processes) -> Tensor:
 
 
 def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> Choice:
-    """The best recipe, or the model's own body where that is credibly better."""
+    """The best recipe; of equal ones the first, which is the model's own body."""
     known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
     means = {name: float(each.mean()) if bool(each.isfinite().all()) else -math.inf for name, each in known.items()}
-    best = max((name for name in known if name != OWN.name), key=lambda name: means[name])
-    difference, error = _difference(known[best], known[OWN.name])
-    keep = not math.isfinite(means[best]) or difference < -ERRORS * error
-    taken = OWN.name if keep else best
-    scores = ", ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=lambda name: -means[name]))
-    return Choice(
-        plans[taken],
-        (
-            f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[best])} held-out samples: "
-            f"{scores}; {best} over own {difference:+.3f} ± {error:.3f}",
-        ),
-    )
+    ordered = sorted(means, key=lambda name: -means[name])
+    taken = ordered[0]
+    scores = [f"{name} {means[name]:.3f}" for name in ordered]
+    for place, name in enumerate(ordered):
+        if name != OWN.name:
+            difference, error = _difference(known[name], known[OWN.name])
+            scores[place] += f" ({difference:+.3f} ± {error:.3f})"
+    said = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[taken])} held-out samples"
+    return Choice(plans[taken], (f"{said} (over own, with the standard error): {', '.join(scores)}",))
 
 
 def _difference(values: Tensor, own: Tensor) -> tuple[float, float]:

@@ -59,10 +59,10 @@ RECIPES: dict[str, Recipe] = {
 }
 """By name, the model's own body first."""
 
-FALLBACK = RECIPES["half"]
+FALLBACK = RECIPES["mixed"]
 """What ``code="auto"`` takes where recipes cannot be tried."""
 
-TRIED = (OWN, FALLBACK)
+TRIED = (OWN, FALLBACK, RECIPES["half"])
 """What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +38,8 @@ class Transaction:
         plain = [module for module, _ in self._modes if not isinstance(module, torch.jit.ScriptModule)]
         self._hooks = [(table, dict(table)) for module in plain for table in _hook_tables(module)]
         self._parts = self._working_parts = _Parts(plain)
-        self._numbers = [
-            (tensor, _memory(tensor).detach().clone())
-            for tensor in (*_rewritable(model), *self._parts.plainly_held())
-            if not isinstance(tensor, UninitializedTensorMixin)
-        ]
+        self._numbers = _copies((*_rewritable(model), *self._parts.plainly_held()))
+        self._working_numbers: list[tuple[Tensor, Tensor]] = []
         self._generator = generator
         self._generator_state = None if generator is None else generator.get_state()
         self._random = _random_states()
@@ -60,13 +57,15 @@ class Transaction:
     def begin(self) -> None:
         """Note the parts that the model works with, to which `rewind` goes back: sharded ones may have become whole."""
         self._working_parts = _Parts([m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)])
+        known = {id(tensor) for tensor, _ in self._numbers}
+        self._working_numbers = _copies(tensor for tensor in _rewritable(self._model) if id(tensor) not in known)
 
     def rewind(self) -> None:
         """Undo what a trial run of the model has changed, and stay in the pass: modes and switches stay as they are."""
         self._kept.clear()
         with torch.no_grad(), held_interrupts():
             self._working_parts.restore()
-            self._restore_numbers(set())
+            _restore((*self._numbers, *self._working_numbers), set())
             _set_random_states(self._random)
 
     def restore(self, *, succeeded: bool) -> None:
@@ -76,7 +75,7 @@ class Transaction:
             self._restore_hooks()
             self._restore_modes()
             self._parts.restore()  # after it, for a module's own train() reads and sets flags of its own
-            self._restore_numbers(kept)
+            _restore(self._numbers, kept)
             if not succeeded and self._generator is not None and self._generator_state is not None:
                 self._generator.set_state(self._generator_state)
             _set_random_states(self._random)
@@ -101,12 +100,6 @@ class Transaction:
             for module, mode in self._modes:  # train() of a part has reached the parts inside
                 if module.training != mode:
                     module.training = mode
-
-    def _restore_numbers(self, kept: set[int]) -> None:
-        for tensor, before in self._numbers:
-            if id(tensor) not in kept:
-                with torch.inference_mode(tensor.is_inference()):
-                    _memory(tensor).copy_(before)
 
 
 class _Parts:
@@ -148,6 +141,23 @@ class _Parts:
             if now.keys() != held.keys() or any(now[key] is not value for key, value in held.items()):
                 now.clear()
                 now.update(held)
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tensors beside what they hold now."""
+    return [
+        (tensor, _memory(tensor).detach().clone())
+        for tensor in tensors
+        if not isinstance(tensor, UninitializedTensorMixin)
+    ]
+
+
+def _restore(copies: Iterable[tuple[Tensor, Tensor]], kept: set[int]) -> None:
+    """Give tensors their former numbers, but those whose ids are kept."""
+    for tensor, before in copies:
+        if id(tensor) not in kept:
+            with torch.inference_mode(tensor.is_inference()):
+                _memory(tensor).copy_(before)
 
 
 def _rewritable(model: nn.Module) -> Iterator[Tensor]:
