@@ -20,6 +20,12 @@ FARTHER = torch.logspace(4, 10, 25, dtype=torch.float64)[1:]
 """Those that are compared, too, where rows are more than their axes: what tells the targets apart may be a
 ten-thousandth of the rows' deviation, beside directions that all rows share."""
 
+WORTH_IT = 0.9
+"""They shrink so little that rounding tells in the solution; so they are to leave at most this share of the error,"""
+
+EXPLAINED = 0.01
+"""and are not looked at where the others leave less than this share of the code's variance."""
+
 
 def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tensor, chunk: int = 1 << 22) -> float:
     """The encoding weight lambda of least generalized cross-validation error.
@@ -53,4 +59,7 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
         unseen = (1 - (kept.sum(3) + 1) / count).clamp_(min=1e-6)
         rss = a - (kept * (2 - kept) * explained).sum(3)
         errors.append((rss.clamp_(min=0) / unseen.square()).sum((1, 2)))
-    return float(weights[torch.cat(errors).argmin()])
+    near, far = torch.cat(errors).split([len(WEIGHTS), len(weights) - len(WEIGHTS)])
+    if len(far) and bool(near.min() > EXPLAINED * a.sum()) and bool(far.min() < WORTH_IT * near.min()):
+        return float(FARTHER[far.argmin()])
+    return float(WEIGHTS[near.argmin()])
