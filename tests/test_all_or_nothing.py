@@ -20,6 +20,7 @@ import sylinit
 from conftest import images, small_resnet
 from sylinit.config import Config
 from sylinit.errors import SylinitError
+from sylinit.runtime.transaction import Transaction
 
 
 class Counter(nn.Module):
@@ -457,3 +458,16 @@ def test_a_failure_under_autocast_leaves_no_cast_of_the_new_weights():
         with pytest.raises(Boom):
             sylinit.initialize_(model, [(x, y)], forward=forward)
         assert torch.equal(model.eval()(x), before)
+
+
+def test_what_has_taken_the_place_of_a_parameter_is_rewound_too():
+    model = nn.Linear(2, 2)
+    transaction = Transaction(model, None)
+    model._parameters["weight"] = nn.Parameter(torch.ones(2, 2))  # as a sharded parameter becomes whole
+    transaction.begin()
+    with torch.no_grad():
+        model.weight.zero_()
+    transaction.keep(model.weight)
+    transaction.rewind()
+    assert torch.equal(model.weight, torch.ones(2, 2))
+    assert not transaction.keeps(model.weight)

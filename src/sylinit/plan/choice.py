@@ -118,17 +118,19 @@ def choose(
         return Choice(plan)  # whose notes say that there are no labels
     if not plan.heads.goals:
         return fallback("there is no head to judge recipes by")
-    plans = _distinct(plan, plan_of)
-    if len(plans) == 1:
-        return Choice(plan)
-    if context.data.samples < FEWEST:
-        return fallback(f"{context.data.samples} samples are too few to judge recipes by")
-    try:
-        values = _held_out(plans, plan.heads.goals, model, trace, context, reader, call, offload)
-    except Exception as error:  # in whatever a model cannot do with other batches than the user's
-        context.processes.announce(error)
-        context.transaction.rewind()
-        return fallback(f"the recipes could not be tried on parts of the samples ({error})")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SylinitWarning)  # what the user should know is said of the plan that is taken
+        plans = _distinct(plan, plan_of)
+        if len(plans) == 1:
+            return Choice(plan)
+        if context.data.samples < FEWEST:
+            return fallback(f"{context.data.samples} samples are too few to judge recipes by")
+        try:
+            values = _held_out(plans, plan.heads.goals, model, trace, context, reader, call, offload)
+        except Exception as error:  # in whatever a model cannot do with other batches than the user's
+            context.processes.announce(error)
+            context.transaction.rewind()
+            return fallback(f"the recipes could not be tried on parts of the samples ({error})")
     labels = len(values[OWN.name])
     if labels < FEWEST:
         return fallback(f"{labels} labels are too few to judge recipes by")
@@ -139,14 +141,12 @@ def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
     """The plans of the recipes to try, without those that do the same as an earlier one."""
     found: dict[str, Plan] = {}
     known: set[frozenset[tuple[str, Code]]] = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SylinitWarning)  # the fallback's plan has given them
-        for recipe in TRIED:
-            each = plan if recipe is FALLBACK else plan_of(recipe)
-            does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
-            if does not in known:
-                known.add(does)
-                found[recipe.name] = each
+    for recipe in TRIED:
+        each = plan if recipe is FALLBACK else plan_of(recipe)
+        does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
+        if does not in known:
+            known.add(does)
+            found[recipe.name] = each
     return found
 
 
