@@ -108,7 +108,10 @@ def test_only_the_head_chooses_and_only_where_nothing_is_asked_for():
 
     def weights(**arguments: object) -> list[float | None]:
         model = nn.Sequential(nn.Linear(DIM, 8), nn.ReLU(), nn.Linear(8, CLASSES))
-        return [layer.encoding_weight for layer in sylinit.initialize_(model, batches, **arguments).initialized]
+        return [
+            layer.encoding_weight
+            for layer in sylinit.initialize_(model, batches, code="mixed", **arguments).initialized
+        ]
 
     inner, head = weights()
     assert inner == 4.0

@@ -63,7 +63,7 @@ def test_a_projected_layer_of_more_units_than_its_code_is_made_of():
     units = 420  # 7/8 of them are components, of which a subspace of a tenth more is found
     model = nn.Sequential(nn.Linear(DIM, units), nn.ReLU(), nn.Linear(units, CLASSES))
     x, y = wide()
-    report = sylinit.initialize_(model, [(x, y)], config=replace(Config(), projected_gain=1e-3))
+    report = sylinit.initialize_(model, [(x, y)], code="mixed", config=replace(Config(), projected_gain=1e-3))
     assert report["0"].solver == "projected"
     assert report["0"].residual <= 1e-3
     assert report["0"].shape == (1, units, DIM)
