@@ -228,14 +228,20 @@ def report(args: argparse.Namespace) -> None:
     choices = {(r["task"], r["seed"]): r for r in measured if "scores" in r}
     untrained = strategies(values_of(before, 0, None), choices)
     print(lines("before training, against mixed", untrained, by_task(untrained["mixed"])))
+    print(lines("before training, against the default", untrained, by_task(untrained[DEFAULT])))
     random = {task: fmean(seeds.values()) for task, seeds in random_starts(after).items()}
     for deviation in (None, 0.1):
         trained = strategies(values_of(after, -1, deviation), choices)
         title = f"after training, logits of {deviation or 0.5:g}"
         print(lines(f"{title}, against the best random start", trained, random))
         print(lines(f"{title}, against mixed", trained, by_task(trained["mixed"])))
+        print(lines(f"{title}, against the default", trained, by_task(trained[DEFAULT])))
     print(logits(values_of(after, -1, 0.1), values_of(after, -1, None)))
     print(seconds(measured))
+
+
+DEFAULT = "auto of own, mixed, half; the best"
+"""What ``code="auto"`` does."""
 
 
 def logits(tenth: Values, half: Values) -> str:

@@ -69,12 +69,12 @@ def trainer(folder, *callbacks, **options):
 
 @pytest.mark.parametrize("kind", [Module, StepsOnly])
 def test_the_module_starts_from_the_training_data(kind, tmp_path):
-    callback, module = SylvesterInitialization(), kind()
+    callback, module = SylvesterInitialization(code="mixed"), kind()
     trainer(tmp_path, callback).fit(module, loader())
     assert [layer.name for layer in callback.report.initialized] == ["net.0", "net.2", "net.4"]
     assert callback.report["net.4"].code == "head"
     expected = small_mlp()
-    sylinit.initialize_(expected, [vectors()], train_size=60)
+    sylinit.initialize_(expected, [vectors()], code="mixed", train_size=60)
     for mine, theirs in zip(module.net.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
 

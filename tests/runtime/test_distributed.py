@@ -109,6 +109,7 @@ def run_case(
     name: str, rank: int, size: int, group: Any, *, uneven: bool = False, wrap: bool = False, apart: bool = False
 ) -> Any:
     make, (x, y), arguments = CASES[name]
+    arguments = {"code": "mixed", **arguments}
     model = make()
     batches: Any = halves(x, y, rank, size, uneven=uneven)
     if name == "without labels":

@@ -441,6 +441,24 @@ def test_a_failure_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("tiny")
+def test_without_steps_initializations_are_measured_as_they_stand(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.jsonl")
+    one = plan(methods=("own", "code=half"), references=(), steps=0)
+    assert run_suite(one, store) == {}
+    assert len(store.results) == len(one) == 2 * 2 * 2
+    assert all([point[0] for point in result["curve"]] == [0] for result in store.results.values())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_other_rates_may_be_tried(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.jsonl")
+    one = plan(methods=("own",), references=(), seeds=(), rates=(1e-3, 0.5))
+    assert run_suite(one, store) == {}
+    assert {each.lr for each in store.results} == {1e-3, 0.5}
+    assert len(store.results) == len(one) == 2 * 2
+
+
+@pytest.mark.usefixtures("tiny")
 def test_the_rate_is_chosen_on_validation() -> None:
     one = plan(tuning_seeds=2)
     task = one.tasks[0]
