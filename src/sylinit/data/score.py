@@ -68,13 +68,16 @@ class Before(Score):
         return f"before training: {name} {unit.format(self.value)}{balance}{rest}, loss {self.loss:.3g}"
 
 
-def flat(goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool) -> tuple[Tensor, Tensor] | None:
+def flat(
+    goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool, probabilities: bool
+) -> tuple[Tensor, Tensor] | None:
     """Outputs ``[n, k]`` and targets ``[n]`` or ``[n, c]`` of all places with a target; None where shapes do not fit.
 
     Args:
         goal: what was to be predicted.
         outputs: of the model, by batch.
         channels_first: whether units lie behind the samples.
+        probabilities: whether a sigmoid or a softmax comes last; logits are returned all the same.
     """
     rows, wanted = [], []
     for output, target in zip(outputs, goal.targets, strict=True):
@@ -90,7 +93,8 @@ def flat(goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool) -> tupl
         known = t >= 0 if goal.task.classes else ~t.isnan().all(-1)
         rows.append(y.flatten(0, -2)[known].double())
         wanted.append(t[known])
-    return torch.cat(rows), torch.cat(wanted)
+    y = torch.cat(rows)
+    return as_logits(y) if probabilities and goal.task.has_logits else y, torch.cat(wanted)
 
 
 def as_logits(y: Tensor) -> Tensor:

@@ -244,7 +244,12 @@ def _worth(
     for place, output in enumerate(trace.outputs):
         if module_name(head) not in output.made_by or any(place >= len(each) for each in outputs):
             continue
-        pair = flat(goal, [each[place] for each in outputs], channels_first=isinstance(head, ConvView))
+        pair = flat(
+            goal,
+            [each[place] for each in outputs],
+            channels_first=isinstance(head, ConvView),
+            probabilities=module_name(head) in output.probabilities,
+        )
         if pair is None or pair[0].shape[1] != head.units:
             continue
         known = [target >= 0 if goal.task.classes else ~target.isnan().all(-1) for target in goal.targets]

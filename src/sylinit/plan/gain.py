@@ -8,7 +8,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from sylinit.data.goals import Goal
-from sylinit.data.score import Before, Score, as_logits, constant_score, flat, score
+from sylinit.data.score import Before, Score, constant_score, flat, score
 from sylinit.errors import warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
@@ -59,11 +59,15 @@ def _score_of(
         tensors = [parts[place] for _, parts in sorted(outputs.items()) if place < len(parts)]
         if len(tensors) != len(goal.targets) or not all(t.is_floating_point() and t.ndim for t in tensors):
             continue
-        found = flat(goal, tensors, channels_first=isinstance(view, ConvView))
+        found = flat(
+            goal,
+            tensors,
+            channels_first=isinstance(view, ConvView),
+            probabilities=module_name(view) in trace.outputs[place].probabilities,
+        )
         if found is None or found[0].shape[1] != view.units or not len(found[1]):
             continue
         y, t = found
-        y = as_logits(y) if goal.task.has_logits and module_name(view) in trace.outputs[place].probabilities else y
         return score(goal, y, t), constant_score(goal, t, view.units)
     return None
 
