@@ -84,7 +84,7 @@ class _Sylvester(BaseEstimator):
         self,
         model: Any = None,
         *,
-        code: Any = "mixed",
+        code: Any = "auto",
         layers: Any = None,
         standardize: bool = True,
         config: Config | None = None,
