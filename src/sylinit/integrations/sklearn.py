@@ -151,7 +151,7 @@ class _Sylvester(BaseEstimator):
             code=self.code,
             layers=self.layers,
             samples=max(2, len(x)),
-            overwrite=True,
+            overwrite=isinstance(self.model, nn.Module),  # what a factory makes is fresh
             config=self.config or Config(),
             generator=torch.Generator().manual_seed(seed),
         )
