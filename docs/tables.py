@@ -229,6 +229,42 @@ def tasks() -> str:
     return markdown(["task", "target", "head", "ridge", "logistic", "shortfall"], body, 2)
 
 
+def estimator_rows() -> dict[str, dict[str, dict[str, float]]]:
+    """Mean accuracy and seconds over the seeds, by data set and classifier."""
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for line in (RESULTS / "heads.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        data, classifier, _ = row["key"].rsplit(" ", 2)
+        runs.setdefault(data, {}).setdefault(classifier, []).append(row["result"])
+    return {
+        data: {
+            name: {key: sum(run[key] for run in found) / len(found) for key in ("accuracy", "seconds")}
+            for name, found in by_name.items()
+        }
+        for data, by_name in runs.items()
+    }
+
+
+ESTIMATORS = ("sylinit", "MiniRocket", "ridge", "forest")
+
+
+def estimators() -> str:
+    """Accuracy in percent of classifiers as they come, and their processor seconds."""
+    body = []
+    for data, found in estimator_rows().items():
+        best = max(each["accuracy"] for each in found.values())
+        cells = []
+        for name in ESTIMATORS:
+            shown = ""
+            if name in found:
+                shown = f"{100 * found[name]['accuracy']:.1f}"
+                shown = f"**{shown}**" if found[name]["accuracy"] == best else shown
+                shown += f" ({found[name]['seconds']:.2g} s)"
+            cells.append(shown)
+        body.append([data, *cells])
+    return markdown(["data", *ESTIMATORS], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f"{kind}-{data}-{model}": functools.partial(make, data, model)
@@ -244,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "memory": memory,
     "tasks": tasks,
+    "estimators": estimators,
 }
 """Each table, by the name of the file that pages include."""
 
@@ -279,6 +316,12 @@ def numbers() -> dict[str, str]:
     found |= {f"passes_{name.replace('-', '_')}": f"{passes[name]['ratio']:.1f}" for name in PASSES}
     found |= {f"lsuv_{n}": f"{passes[f'lsuv-{n}']['times_faster']:.0f}" for n in ("resnet20", "resnet56")}
     found["worst_shortfall"] = f"{100 * max(map(shortfall, task_rows().values())):.1f}"
+    behind = [
+        found["MiniRocket"]["accuracy"] - found["sylinit"]["accuracy"]
+        for found in estimator_rows().values()
+        if "MiniRocket" in found
+    ]
+    found |= {"rocket_mean": f"{100 * sum(behind) / len(behind):.1f}", "rocket_worst": f"{100 * max(behind):.1f}"}
     for model in NETWORKS:
         for row in rows(comparison("codes")):
             if row.method.model == model:
