@@ -471,3 +471,61 @@ def test_what_has_taken_the_place_of_a_parameter_is_rewound_too():
     transaction.rewind()
     assert torch.equal(model.weight, torch.ones(2, 2))
     assert not transaction.keeps(model.weight)
+
+
+class Shares(nn.Module):
+    """Holds the memory of its layers a second time: as an attribute, in a list or as a buffer."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.net = small_resnet()
+        first, last = self.net[0].weight.detach(), self.net[-1].weight.detach()
+        if where == "attribute":
+            self.first, self.last = first, last[1:]
+        elif where == "list":
+            self.views = [first, {"last": last[1:]}]
+        else:
+            self.register_buffer("first", first)
+            self.register_buffer("last", last.t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "buffer"])
+def test_results_stay_though_something_else_shows_the_same_memory(where):
+    data = images()
+    model = Shares(where)
+    alone = copy.deepcopy(model.net)
+    sylinit.initialize_(model, [data])
+    sylinit.initialize_(alone, [data])
+    assert all(map(torch.equal, model.net.state_dict().values(), alone.state_dict().values()))
+
+
+class Remembers(nn.Module):
+    """Its forward writes into what lies inside of its lists and dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_resnet()
+        self.log: dict[str, Any] = {"sizes": [], "sums": (torch.zeros(1), [{"last": 0}])}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log["sizes"].append(len(x))
+        total, (entry,) = self.log["sums"]
+        total += x.sum()
+        entry["last"] += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_lies_inside_of_containers_is_put_back(fails):
+    model = Remembers()
+
+    def progress(done: int, total: int, name: str) -> None:
+        if fails:
+            raise Boom
+
+    with pytest.raises(Boom) if fails else contextlib.nullcontext():
+        sylinit.initialize_(model, [images()], progress=progress)
+    assert model.log == {"sizes": [], "sums": (torch.zeros(1), [{"last": 0}])}

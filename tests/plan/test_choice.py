@@ -186,3 +186,73 @@ def test_the_best_recipe_is_taken_and_of_equal_ones_the_own_body():
     assert "took 'pca'" in _best(values | {"pca": better.tolist()}, plans).notes[0]
     assert "took 'own'" in _best(values | {"pca": [math.nan] * 100}, plans).notes[0]
     assert "took 'half'" in _best(values | {"own": [math.nan] * 100}, plans).notes[0]
+
+
+def test_where_the_head_stays_no_recipe_is_judged_and_the_body_is_computed():
+    model = small_mlp()
+    head = model[-1].requires_grad_(False)
+    before = copy.deepcopy(head.state_dict())
+    report = sylinit.initialize_(model, [vectors(90)])
+    assert report.notes[0] == "code='auto': the head keeps its weights, and judges no recipe, so 'mixed' was taken"
+    assert len(report.initialized) == len(list(model.parameters())) // 2 - 1
+    assert all(torch.equal(value, before[key]) for key, value in head.state_dict().items())
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x).relu()
+        return self.first(x), self.second(x)
+
+
+def test_of_several_heads_the_first_that_is_computed_is_judged():
+    x, y = vectors(90)
+    model = TwoHeads()
+    model.first.requires_grad_(False)
+    other = torch.full_like(y, -100)
+    other[:60] = y[:60]  # so many can be judged
+    report = sylinit.initialize_(model, [(x, (y, other))], head={"first": 0, "second": 1})
+    assert "scores of 60 held-out samples" in report.notes[0]
+    assert report["second"].code == "head"
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mul_(0.1))
+
+
+def test_each_recipe_is_tried_on_the_samples_as_they_are():
+    x, y = vectors(90)
+    model = WritesIntoItsInput()
+    alike = copy.deepcopy(model.net)
+    report = sylinit.initialize_(model, [(x.clone(), y)])
+    assert report.notes[0] == sylinit.initialize_(alike, [(0.1 * x, y)]).notes[0]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e25])
+def test_the_unit_of_the_values_does_not_matter(scale: float):
+    x, y = vectors(90)
+    values = (x[:, :2] @ torch.tensor([[1.0], [2.0]])) + y[:, None]
+    model = small_mlp(classes=1)
+    reports = [sylinit.initialize_(copy.deepcopy(model), [(x, values * unit)]) for unit in (1.0, scale)]
+    assert taken(reports[0]) == taken(reports[1])
+    scores = [[float(number) for number in re.findall(r"-?\d\.\d{3}", report.notes[0])] for report in reports]
+    assert scores[0] == pytest.approx(scores[1], abs=0.01)
+
+
+def test_a_failure_of_a_trial_is_told_in_a_line():
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if len(batch[0]) not in (5, 90):
+            raise RuntimeError("this size is\n" + 100 * "not served\n")
+        return model(batch[0])
+
+    report = sylinit.initialize_(small_mlp(), [vectors(90)], forward=forward)
+    told = "code='auto': the recipes could not be tried on parts of the samples (RuntimeError: this size is)"
+    assert report.notes[0] == f"{told}, so 'mixed' was taken"

@@ -157,7 +157,7 @@ def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
     if goal.task.name == "multiclass":  # shares of classes
         return (y.argmax(1) == t.argmax(1)).double()
     known = ~t.isnan()
-    count = known.sum(1).clamp(min=1)
+    count = known.double().sum(1).clamp(min=1)
     if goal.task.name in ("multilabel", "binary"):
         return (((y > 0) == (t > 0.5)) & known).double().sum(1) / count
     return 1 - torch.where(known, y - t, 0).square().sum(1) / (count * spread)

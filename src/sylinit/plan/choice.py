@@ -24,6 +24,7 @@ from sylinit.codes import Code
 from sylinit.data.batches import Batch, Reader
 from sylinit.data.goals import Goal
 from sylinit.data.score import flat, worth_of
+from sylinit.data.tree import CannotConcatenate
 from sylinit.errors import SylinitError, SylinitWarning
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
@@ -118,6 +119,10 @@ def choose(
         return Choice(plan)  # whose notes say that there are no labels
     if not plan.heads.goals:
         return fallback("there is no head to judge recipes by")
+    if not any(isinstance(site, MatrixSite) for site in plan.sites):
+        return Choice(plan)  # whose notes say why nothing is computed
+    if not _computed(plan):
+        return fallback("the head keeps its weights, and judges no recipe")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SylinitWarning)  # what the user should know is said of the plan that is taken
         plans = _distinct(plan, plan_of)
@@ -130,11 +135,23 @@ def choose(
         except Exception as error:  # in whatever a model cannot do with other batches than the user's
             context.processes.announce(error)
             context.transaction.rewind()
-            return fallback(f"the recipes could not be tried on parts of the samples ({error})")
+            return fallback(f"the recipes could not be tried on parts of the samples ({_in_a_line(error)})")
     labels = len(values[OWN.name])
     if labels < FEWEST:
         return fallback(f"{labels} labels are too few to judge recipes by")
     return _best(values, plans)
+
+
+def _computed(plan: Plan) -> list[LayerView]:
+    """The heads that are computed; others are frozen, or tied to something that stays."""
+    return [site.view for site in plan.sites if isinstance(site, MatrixSite) and site.is_head]
+
+
+def _in_a_line(error: Exception) -> str:
+    """The first line of what an error says, with its type where it is not of this library."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    own = isinstance(error, (SylinitError, CannotConcatenate))
+    return first if own else f"{type(error).__name__}: {first}".removesuffix(": ")
 
 
 def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
@@ -162,26 +179,28 @@ def _held_out(
 ) -> dict[str, list[float]]:
     """What each recipe's prediction of each held-out sample with a label is worth, in all processes.
 
-    The first head is judged. The same samples come in the same order for every recipe, however the data is cut.
+    The first head that is computed is judged. The same samples come in the same order for every recipe, however the
+    data is cut, and each recipe gets a copy of its own: a model may write into its input.
     """
     processes = context.processes
-    head, goal = next(iter(goals.items()))
+    computed = _computed(plans[OWN.name])
+    head, goal = next((view, goal) for view, goal in goals.items() if view in computed)
     spread = _spread(goal, processes)
     folds = _folds(goal, processes)
     count = min(FOLDS, math.ceil(JUDGED * FOLDS / len(folds)))
     found: dict[str, list[float]] = {name: [] for name in plans}
     for fold in range(count):
         inside, outside = _at_most(JUDGED, folds == fold), _at_most(SEEN, folds != fold)
-        seen, held = (processes.together(partial(_part, which, context, reader)) for which in (outside, inside))
-        parts = {view.name: seen.goal(each, processes) for view, each in goals.items()}
-        wanted = replace(goal, targets=held.of(goal.targets))
-        here = replace(
-            context,
-            data=replace(context.data, batches=seen.batches, samples=seen.samples, before=seen.before),
-            positions={name: seen.of(values) for name, values in context.positions.items()},
-            promises={},
-        )
         for name, plan in plans.items():
+            seen, held = (processes.together(partial(_part, which, context, reader)) for which in (outside, inside))
+            parts = {view.name: seen.goal(each, processes) for view, each in goals.items()}
+            wanted = replace(goal, targets=held.of(goal.targets))
+            here = replace(
+                context,
+                data=replace(context.data, batches=seen.batches, samples=seen.samples, before=seen.before),
+                positions={name: seen.of(values) for name, values in context.positions.items()},
+                promises={},
+            )
             _compute(plan, parts, here, model, trace, call, offload)
             worth = processes.agree(partial(_worth, head, wanted, spread, held, trace, call))
             found[name] += [value for values in worth for value in values]
@@ -266,7 +285,7 @@ def _spread(goal: Goal, processes: Processes) -> float:
     away = torch.cat([vectors.flatten(0, -2) for vectors in goal.vectors]) - goal.mean
     sums = torch.stack([away.square().nansum(), (~away.isnan()).double().sum()])
     total, count = processes.sum_(sums).tolist()
-    return max(total / max(count, 1), 1e-12)
+    return total / count if total > 0 else 1.0
 
 
 def _folds(goal: Goal, processes: Processes) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,11 @@ class Transaction:
         self._generator_state = None if generator is None else generator.get_state()
         self._random = _random_states()
         self._flags = read_flags()
-        self._kept: set[int] = set()
+        self._kept: dict[int, Tensor] = {}
 
     def keep(self, *tensors: Tensor) -> None:
         """Parameters and buffers whose new values are results, to stay when the pass succeeds."""
-        self._kept.update(map(id, tensors))
+        self._kept.update({id(tensor): tensor for tensor in tensors})
 
     def keeps(self, tensor: Tensor) -> bool:
         """Whether a tensor's new values are results."""
@@ -65,13 +65,13 @@ class Transaction:
         self._kept.clear()
         with torch.no_grad(), held_interrupts():
             self._working_parts.restore()
-            _restore((*self._numbers, *self._working_numbers), set())
+            _restore((*self._numbers, *self._working_numbers), {})
             _set_random_states(self._random)
 
     def restore(self, *, succeeded: bool) -> None:
         """Put everything back: all of it after a failure; after success all but the results."""
         with torch.no_grad(), held_interrupts():
-            kept = self._kept if succeeded else set()
+            kept = self._kept if succeeded else {}
             self._restore_hooks()
             self._restore_modes()
             self._parts.restore()  # after it, for a module's own train() reads and sets flags of its own
@@ -103,7 +103,9 @@ class Transaction:
 
 
 class _Parts:
-    """What modules hold: tensors and parts, which a forward pass may replace, add or drop, and plain attributes.
+    """What modules hold, and a forward pass may replace, add or drop: tensors, parts, and plain attributes.
+
+    What lists, dicts and sets among the attributes hold is part of it.
 
     Args:
         modules: whose.
@@ -119,8 +121,8 @@ class _Parts:
         self._configs = [(vars(c), dict(vars(c))) for c in configs.values() if hasattr(c, "__dict__")]
 
     def plainly_held(self) -> Iterator[Tensor]:
-        """Tensors that are plain attributes."""
-        return (value for _, held in self._attributes for value in held.values() if type(value) is Tensor)
+        """Tensors that are plain attributes, or lie in a container that is one."""
+        return (value for _, held in self._attributes for value in _held_inside(held) if type(value) is Tensor)
 
     def restore(self) -> None:
         """Put every one of them back where it was."""
@@ -152,12 +154,31 @@ def _copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _restore(copies: Iterable[tuple[Tensor, Tensor]], kept: set[int]) -> None:
-    """Give tensors their former numbers, but those whose ids are kept."""
+def _restore(copies: Iterable[tuple[Tensor, Tensor]], kept: Mapping[int, Tensor]) -> None:
+    """Give tensors their former numbers, but those that are kept, and those that are other views of the same memory."""
+    results: dict[int, list[range]] = {}
+    for tensor in kept.values():
+        if (place := _place(tensor)) is not None:
+            results.setdefault(place[0], []).append(place[1])
     for tensor, before in copies:
-        if id(tensor) not in kept:
+        place = _place(tensor)
+        shared = place is not None and any(_overlap(place[1], other) for other in results.get(place[0], ()))
+        if id(tensor) not in kept and not shared:
             with torch.inference_mode(tensor.is_inference()):
                 _memory(tensor).copy_(before)
+
+
+def _place(tensor: Tensor) -> tuple[int, range] | None:
+    """A tensor's storage, and the bytes from its first number to its last; None for kinds that have none to name."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = tensor.storage_offset(), tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), range(start * size, (start + last + 1) * size)
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
 
 
 def _rewritable(model: nn.Module) -> Iterator[Tensor]:
@@ -190,7 +211,21 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
-    return (value for value in attributes.values() if isinstance(value, (list, dict, set, deque)))
+    """The containers among the attributes, and those inside of these; each once."""
+    return (value for value in _held_inside(attributes) if isinstance(value, (list, dict, set, deque)))
+
+
+def _held_inside(attributes: dict[str, Any]) -> Iterator[Any]:
+    """The attributes, and what lies in containers among them, however deep; each container is looked into once."""
+    seen: set[int] = set()
+    waiting: list[Any] = [attributes]
+    while waiting:
+        container = waiting.pop()
+        for value in container.values() if isinstance(container, dict) else container:
+            yield value
+            if isinstance(value, (list, dict, set, deque, tuple)) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
 
 
 def _content(container: Any) -> Any:
