@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -317,7 +318,9 @@ def test_constant_inputs_are_left_as_they_were_and_the_report_says_so(value):
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     before = [p.detach().clone() for p in model.parameters()]
     for rows in (None, "all", 5):
-        report = sylinit.initialize_(model, [(torch.full((60, 12), value), Y)], code="mixed", config=Config(rows=rows))
+        x = torch.full((60, 12), value)
+        with pytest.warns(sylinit.SylinitWarning, match="head '2' keeps its weights: its input is constant"):
+            report = sylinit.initialize_(model, [(x, Y)], code="mixed", config=Config(rows=rows))
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert "constant" in report["0"].reason
         assert "left alone: 0" in str(report)
@@ -356,3 +359,58 @@ def test_labels_that_are_all_ignored_count_as_none():
 
 def test_a_scripted_model():
     refused(torch.jit.script(nn.Sequential(nn.Linear(12, 3))), [(X, Y)], "scripted", "script it then")
+
+
+@pytest.mark.parametrize(
+    ("y", "outputs", "task", "words"),
+    [
+        (Y, 3, "multilabel", ["class indices", r"\[samples\]", "multiclass", "as many columns"]),
+        (Y, 3, "binary", ["class indices", "multiclass", "one or two outputs"]),
+    ],
+)
+def test_a_task_that_contradicts_the_targets_is_refused(y, outputs, task, words):
+    refused(small_mlp(classes=outputs), [(X, y)], f"task='{task}'", *words, task=task)
+
+
+@pytest.mark.parametrize(("y", "outputs", "task"), [(X[:, :3], 3, "multiclass"), (2.0 * (Y == 1) - 1, 1, "binary")])
+def test_values_that_contradict_the_task_are_warned_of_or_refused(y, outputs, task):
+    with (
+        pytest.warns(sylinit.SylinitWarning, match=f"task='{task}': the targets are real numbers other than 0 and 1"),
+        pytest.raises(SylinitError, match=f"task='{task}': the targets are real numbers other than 0 and 1"),
+    ):
+        sylinit.initialize_(small_mlp(classes=outputs), [(X, y)], task=task)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("owm", ["did you mean 'own'", "Recipes for a whole model: auto, own, half"]),
+        ({"0": "own"}, ["'own' is a recipe for a whole model", "pass code='own'"]),
+        ({"0": "auto"}, ["'auto' is a recipe for a whole model"]),
+    ],
+)
+def test_recipes_are_named_where_a_code_is_unknown(code, words):
+    refused(small_mlp(), [(X, Y)], *words, code=code)
+
+
+def test_a_mask_by_its_key_needs_mappings():
+    refused(small_mlp(), [(X, Y)], "mask='valid'", "has no keys", "function of the batch", mask="valid")
+
+
+def test_class_indices_as_real_numbers_are_warned_of_with_the_remedy():
+    with pytest.warns(sylinit.SylinitWarning, match=r"class indices must be integers, as y\.long\(\)"):
+        sylinit.initialize_(small_mlp(), [(X, Y.float())])
+
+
+@dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+
+
+def test_a_batch_of_which_no_samples_can_be_picked_gets_one_recipe():
+    report = sylinit.initialize_(
+        small_mlp(), [Pair(X, Y)], forward=lambda model, batch: model(batch.x), target=lambda batch: batch.y
+    )
+    assert "samples cannot be picked from a Pair), so 'mixed' was taken" in report.notes[0]
+    assert report.before.accuracy > 0.8

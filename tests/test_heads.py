@@ -214,3 +214,13 @@ def test_a_head_whose_rows_have_no_place_in_the_mask_is_warned_of():
     with pytest.warns(sylinit.SylinitWarning, match="head 'head': its rows cannot be matched"):
         report = sylinit.initialize_(model, [(x, mask)])
     assert report["head"].action == "left alone"
+
+
+def test_a_head_that_cannot_be_written_is_warned_of_by_its_reason():
+    x, y = offset_clusters()
+    head = nn.utils.parametrizations.orthogonal(nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), head)
+    with pytest.warns(sylinit.SylinitWarning, match="head '2' keeps its weights: its parametrization .*_Orthogonal"):
+        report = sylinit.initialize_(model, [(x, y)], code="mixed")
+    assert report["2"].action == "left alone"
+    assert not any("promised" in note for note in report.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from sylinit.codes.registry import CODES, Code
 from sylinit.errors import SylinitError
 
 
-def as_code(code: Any) -> Code:
+def as_code(code: Any, recipes: Iterable[str] = ()) -> Code:
     """Read what a user passes as ``code=``: a name, a `Code`, a scikit-learn transformer, a tensor or a callable.
 
     ``"mixed:0.5"`` is `mixed` with that share of label units.
+
+    Args:
+        code: what the user passed.
+        recipes: names that are known where a whole model is meant, for the message.
 
     Raises:
         SylinitError: an unknown name (with the nearest ones), or something that is none of these.
@@ -33,9 +38,12 @@ def as_code(code: Any) -> Code:
                 return mixed(float(share))
             except ValueError:
                 raise SylinitError(f"code={code!r}: after 'mixed:' comes the share of label units, 0 to 1") from None
-        near = difflib.get_close_matches(code.lower(), CODES, n=3, cutoff=0.4)
+        known = dict.fromkeys((*CODES, *recipes))
+        near = difflib.get_close_matches(code.lower(), known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see sylinit.CODES."
-        raise SylinitError(f"code={code!r} is no registered latent code; {hint} Registered: {', '.join(CODES)}.")
+        others = [name for name in known if name not in CODES]
+        whole = f" Recipes for a whole model: {', '.join(others)}." if others else ""
+        raise SylinitError(f"code={code!r} is no registered latent code; {hint} Registered: {', '.join(CODES)}.{whole}")
     if isinstance(code, Tensor):
         return given(code)
     if hasattr(code, "fit_transform") or (hasattr(code, "fit") and hasattr(code, "transform")):

@@ -135,6 +135,8 @@ def require_classes(train: np.ndarray, names: np.ndarray, where: str) -> None:
         names: all classes.
         where: what messages call the data.
     """
+    if not len(names):
+        raise SylinitError(f"--data {where}: it has no rows")
     if len(names) < 2:
         raise SylinitError(f"--data {where}: there is only one class; classification needs at least two")
     single = int((np.unique(train, return_counts=True)[1] == 1).sum())

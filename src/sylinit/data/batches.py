@@ -158,6 +158,8 @@ class Reader:
             index: int64 ``[n]``, on the CPU.
         """
         part = self.parse(select(batch.raw, index, batch.samples))
+        if any(len(target) != len(index) for target in part.targets.values()):
+            raise CannotConcatenate(f"samples cannot be picked from {_describe(batch.raw)}")
         targets = {name: target[index.to(target.device)] for name, target in batch.targets.items()}
         return replace(part, targets={**targets, **part.targets})
 
@@ -218,8 +220,13 @@ class Reader:
         """Which places of each sequence hold data, as far as the batch says."""
         if callable(self.mask):
             found = self.mask(raw)
-        elif not isinstance(raw, Mapping) or self.mask is None:
+        elif self.mask is None or (self.mask == "auto" and not isinstance(raw, Mapping)):
             return None
+        elif not isinstance(raw, Mapping):
+            raise SylinitError(
+                f"mask={self.mask!r}: the batch is {_describe(raw)}, which has no keys; pass a function of the batch "
+                "that returns the mask, or mappings"
+            )
         elif self.mask == "auto":
             found = next((raw[key] for key in MASKS if key in raw), None)
             if found is None and isinstance(padding := raw.get("src_key_padding_mask"), Tensor):

@@ -166,6 +166,21 @@ def merged(facts: Sequence[Facts]) -> Facts:
     )
 
 
+CONTRADICTIONS = {
+    "multilabel": ("multiclass",),
+    "multiclass": ("regression",),
+    "binary": ("regression", "multiclass"),
+}
+"""What targets cannot be where another task is asked for."""
+
+REMEDIES = {
+    "multilabel": "pass 0 and 1 in as many columns as there are labels",
+    "multiclass": "pass class indices as integers, or shares of sum 1",
+    "binary": "pass 0 and 1, with a head of one or two outputs",
+}
+"""The targets of a task."""
+
+
 def infer_task(facts: Facts, head: HeadShape, asked: str, classes: int | None) -> Task:
     """The task of a head: as asked for, or read off its targets.
 
@@ -192,6 +207,12 @@ def infer_task(facts: Facts, head: HeadShape, asked: str, classes: int | None) -
         reason = "the labels repeat the input ids" if asked == "auto" else "task="
         return _checked(Task("next-token", reason, head.units, positions=1), facts, head, classes)
     form = _form(facts, head, asked)
+    if form.name in CONTRADICTIONS.get(asked, ()):
+        kind = "real numbers other than 0 and 1" if facts.real else "class indices"
+        raise SylinitError(
+            f"task={asked!r}: the targets are {kind}, of shape [{', '.join(map(str, ('samples', *facts.shape)))}], "
+            f"which are {form.name}; {REMEDIES[asked]}, or leave task= out"
+        )
     return _checked(form, facts, head, classes)
 
 
@@ -293,6 +314,7 @@ def _checked(task: Task, facts: Facts, head: HeadShape, classes: int | None) -> 
         raise SylinitError(
             f"head: the target has {task.width} values a sample, layer {head.name!r} has {units} outputs; make the "
             "model or the target fit, or name the head by head="
+            + ("; class indices must be integers, as y.long()" if task.width == 1 and facts.real else "")
         )
     return task
 

@@ -19,7 +19,7 @@ from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, find_heads, module_name
 from sylinit.plan.inventory import Inventory
-from sylinit.plan.recipes import Recipe, recipe_named
+from sylinit.plan.recipes import AUTO, RECIPES, Recipe, recipe_named
 from sylinit.plan.selection import matches, require_match, selector
 from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import Trace
@@ -323,10 +323,15 @@ def _codes(code: Any, names: list[str]) -> Callable[[LayerView, bool], Code | No
     if isinstance(code, Recipe):
         return code.rule
     if not isinstance(code, Mapping):
-        one = as_code(code)
+        one = as_code(code, (AUTO, *RECIPES))
         return lambda view, entry: one
-    for pattern in code:
+    for pattern, value in code.items():
         require_match(pattern, names, "code")
+        if recipe_named(value):
+            raise SylinitError(
+                f"code={{{pattern!r}: {value!r}}}: {value!r} is a recipe for a whole model; pass code={value!r}, or "
+                f"give {pattern!r} one of {', '.join(CODES)}"
+            )
     table = [(pattern, as_code(value)) for pattern, value in code.items()]
     return lambda view, entry: next((value for pattern, value in table if matches(pattern, view.name)), CODES["mixed"])
 

@@ -66,8 +66,12 @@ TRIED = (OWN, FALLBACK, RECIPES["half"])
 """What ``code="auto"`` tries. More recipes cost more and gain nothing: see ``docs/choosing.md``."""
 
 
+AUTO = "auto"
+"""The ``code=`` that tries recipes."""
+
+
 def recipe_named(code: Any) -> Recipe | None:
     """The recipe that a ``code=`` names, `FALLBACK` for "auto"; None for a registered code, or no recipe."""
-    if isinstance(code, str) and code == "auto":
+    if isinstance(code, str) and code == AUTO:
         return FALLBACK
     return RECIPES.get(code) if isinstance(code, str) and code not in CODES else None

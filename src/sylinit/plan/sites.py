@@ -186,7 +186,11 @@ class MatrixSite:
             context.promises[self.name] = replace(promise, weight_ratio=ratio)
             fit = self._as_head(fit, outputs, context)
         record = LayerReport(self.name, self.kind, "initialized", note, code=code.name, rows=rows.count)
-        return self._write(fit, record, context)
+        written = self._write(fit, record, context)
+        if self.is_head and written.action == "left alone":
+            del context.promises[self.name]
+            warn(f"head {self.name!r} keeps its weights: {written.reason}")
+        return written
 
     def left_alone(self, reason: str) -> LayerReport:
         """A record that says why nothing was done."""
