@@ -95,7 +95,7 @@ TIED: dict[str, Callable[[], nn.Module]] = {"Llama": partial(llama, True), "GPT-
 
 CALLS: dict[str, Callable[..., Any]] = {
     "own body": sylinit.initialize_head_,
-    "re-made body": sylinit.initialize_,
+    "re-made body": partial(sylinit.initialize_, code="mixed"),
     "code='auto'": partial(sylinit.initialize_, code="auto"),
 }
 

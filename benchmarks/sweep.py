@@ -11,7 +11,7 @@ at the smallest size that the model takes; nine words of ten in a sequence are o
 tokens are labeled by their class; in texts for causal models each of twelve words determines the next. Each model runs
 in a process of its own, in one thread.
 
-``initialize_head_`` and ``initialize_``, and where that ends short ``initialize_(code="auto")``, each start from the
+``initialize_head_``, ``initialize_(code="mixed")`` and, where that ends short, ``code="auto"`` each start from the
 same random weights. The accuracy is that of the model's
 own output before any training. ``readout`` is that of a ridge regression of the targets on what the computed head
 reads, with hardly any penalty: where it is low, too, the features do not tell the classes apart.
@@ -397,7 +397,7 @@ def examine(family: str, name: str, send: Callable[[dict[str, Any]], None]) -> N
     send({"class": type(built).__name__, "parameters": sum(p.numel() for p in built.parameters())})
     calls: dict[str, Callable[..., Any]] = {
         "initialize_head_": sylinit.initialize_head_,
-        "initialize_": sylinit.initialize_,
+        "initialize_": partial(sylinit.initialize_, code="mixed"),
         AUTO: partial(sylinit.initialize_, code="auto"),
     }
     last: dict[str, Any] = {}
@@ -625,8 +625,8 @@ COLUMNS = (
     "not done in time",
     "head reached",
     "above 0.9: head alone",
-    "default",
-    '`code="auto"` where the default is short',
+    '`code="mixed"`',
+    '`code="auto"` where that is short',
     "tied head, kept",
     "refused, or warned of",
     "crashed",
