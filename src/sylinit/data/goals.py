@@ -97,12 +97,7 @@ def log_prior(goal: Goal, units: int, outputs: Tensor | None, samples: int) -> T
     share = (goal.mean * samples + 0.5) / (samples + 1)
     if not goal.task.classes:
         return (share / (1 - share)).log().unsqueeze(0)
-    if outputs is not None or goal.task.classes > EMBEDDED:
-        return goal.mean.new_zeros(1, units if outputs is None else len(outputs))
-    logs = share.log()
-    if units == 1:
-        return (logs[1] - logs[0]).view(1, 1)
-    return (logs - logs.mean()).unsqueeze(0)
+    return _logits_of_classes(goal, share.log(), units, outputs)
 
 
 def constant_logits(goal: Goal, units: int, outputs: Tensor | None) -> Tensor:
@@ -115,11 +110,16 @@ def constant_logits(goal: Goal, units: int, outputs: Tensor | None) -> Tensor:
     """
     if not goal.task.classes:
         return (2 * goal.mean - 1).unsqueeze(0)
+    return _logits_of_classes(goal, goal.mean, units, outputs)
+
+
+def _logits_of_classes(goal: Goal, values: Tensor, units: int, outputs: Tensor | None) -> Tensor:
+    """One value a class as centered logits, or as that of the second class over the first; zero for wide heads."""
     if outputs is not None or goal.task.classes > EMBEDDED:
-        return goal.mean.new_zeros(1, units if outputs is None else len(outputs))
+        return values.new_zeros(1, units if outputs is None else len(outputs))
     if units == 1:
-        return (goal.mean[1] - goal.mean[0]).view(1, 1)
-    return (goal.mean - goal.mean.mean()).unsqueeze(0)
+        return (values[1] - values[0]).view(1, 1)
+    return (values - values.mean()).unsqueeze(0)
 
 
 def _canonical(target: Tensor, task: Task, ignore_index: int) -> Tensor:
