@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from sylinit.codes import Code
 from sylinit.data.batches import Batch, Reader
 from sylinit.data.goals import Goal
-from sylinit.data.score import flat, worth_of
+from sylinit.data.score import worth_of
 from sylinit.data.tree import CannotConcatenate
 from sylinit.errors import SylinitError, SylinitWarning
-from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
+from sylinit.plan.gain import predictions
 from sylinit.plan.heads import module_name
 from sylinit.plan.one_pass import Pass
 from sylinit.plan.plan import Plan
@@ -263,13 +263,8 @@ def _worth(
     for place, output in enumerate(trace.outputs):
         if module_name(head) not in output.made_by or any(place >= len(each) for each in outputs):
             continue
-        pair = flat(
-            goal,
-            [each[place] for each in outputs],
-            channels_first=isinstance(head, ConvView),
-            probabilities=module_name(head) in output.probabilities,
-        )
-        if pair is None or pair[0].shape[1] != head.units:
+        pair = predictions(head, goal, output, [each[place] for each in outputs])
+        if pair is None:
             continue
         known = [target >= 0 if goal.task.classes else ~target.isnan().all(-1) for target in goal.targets]
         counts = torch.cat([each.flatten(1).sum(1) if each.ndim > 1 else each.long() for each in known])

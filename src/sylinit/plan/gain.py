@@ -14,7 +14,7 @@ from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, module_name
 from sylinit.plan.sites import Promise
-from sylinit.plan.trace import Trace
+from sylinit.plan.trace import Output, Trace
 
 BROKEN_PROMISE = 0.05
 """A difference in accuracy or R² between output and promise that rounding does not explain."""
@@ -59,17 +59,30 @@ def _score_of(
         tensors = [parts[place] for _, parts in sorted(outputs.items()) if place < len(parts)]
         if len(tensors) != len(goal.targets) or not all(t.is_floating_point() and t.ndim for t in tensors):
             continue
-        found = flat(
-            goal,
-            tensors,
-            channels_first=isinstance(view, ConvView),
-            probabilities=module_name(view) in trace.outputs[place].probabilities,
-        )
-        if found is None or found[0].shape[1] != view.units or not len(found[1]):
+        found = predictions(view, goal, trace.outputs[place], tensors)
+        if found is None or not len(found[1]):
             continue
         y, t = found
         return score(goal, y, t), constant_score(goal, t, view.units)
     return None
+
+
+def predictions(view: LayerView, goal: Goal, output: Output, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """A head's predictions and their targets, as `flat` gives them; None where an output does not have their form.
+
+    Args:
+        view: the head.
+        goal: what it was to predict.
+        output: of the model, as the trial run showed it.
+        tensors: the same, by batch.
+    """
+    found = flat(
+        goal,
+        tensors,
+        channels_first=isinstance(view, ConvView),
+        probabilities=module_name(view) in output.probabilities,
+    )
+    return None if found is None or found[0].shape[1] != view.units else found
 
 
 def _broken(view: LayerView, promised: float, actual: float) -> str:
