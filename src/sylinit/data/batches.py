@@ -204,7 +204,8 @@ class Reader:
     def _unused(self, batch: Batch) -> list[str]:
         """Keys of a mapping that are neither input of the model nor target nor mask."""
         known = {*TARGET_KEYS, *MASKS, "src_key_padding_mask", self.mask}
-        return [key for key in batch.kwargs if not (self.custom or key in known or _takes(self.model, key))]
+        known.update(_taken(self.model, batch.kwargs))
+        return [] if self.custom else [key for key in batch.kwargs if key not in known]
 
     def _is_input(self, key: str) -> bool:
         """Whether the model needs a key of that name, so that it is no target."""
@@ -214,7 +215,7 @@ class Reader:
     def _is_only_target(self, key: Any) -> bool:
         """Whether `target=` or `head=` names this key, and the model takes no argument of that name."""
         named = [spec for spec in self.targets.values() if isinstance(spec, str)]
-        return key in named and not (self.custom or _takes(self.model, key))
+        return key in named and not (self.custom or _taken(self.model, [key]))
 
     def _mask(self, raw: Any, samples: int) -> Tensor | None:
         """Which places of each sequence hold data, as far as the batch says."""
@@ -346,7 +347,7 @@ class Reader:
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
     """Call the model as its batch is: positional inputs, or what it takes of a mapping."""
-    kwargs = {key: value for key, value in batch.kwargs.items() if _takes(model, key)}
+    kwargs = {key: batch.kwargs[key] for key in _taken(model, batch.kwargs)}
     if batch.kwargs and not (kwargs or batch.args):
         names = ", ".join(inspect.signature(model.forward).parameters)
         raise SylinitError(
@@ -356,10 +357,11 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(*batch.args, **kwargs)
 
 
-def _takes(model: nn.Module, key: str) -> bool:
-    """Whether a model's forward has an argument of that name, or takes any."""
+def _taken(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """The keys that a model's forward has arguments of; all of them where it takes any."""
     parameters = inspect.signature(model.forward).parameters
-    return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return [key for key in keys if takes_any or key in parameters]
 
 
 def some_samples(batch: Batch, reader: Reader, count: int) -> Batch | None:
