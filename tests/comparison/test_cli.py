@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sylinit
+from comparing import assert_one_message, call_as_shell
 from sylinit import cli
 from sylinit.comparison import terminal
 from sylinit.comparison.data import load
@@ -25,10 +26,7 @@ from sylinit.comparison.training import accuracy
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run the entry point as the shell does; returns exit code, stdout and stderr."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return call_as_shell(capsys, cli.main, *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -381,11 +379,7 @@ def test_errors_are_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(capsys, *arguments)
-    assert code == 1
-    assert "error:" in err
-    assert message in err
-    assert "Traceback" not in err
+    assert_one_message(call(capsys, *arguments), message)
 
 
 MODELS_OF_A_USER = """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from comparing import tasks_of
+from comparing import assert_one_message, call_as_shell, tasks_of
 from studies import __main__ as command
 from sylinit.comparison import terminal
 
@@ -16,10 +17,7 @@ pytestmark = pytest.mark.studies
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     """Run the command as the shell does; returns exit code, stdout and stderr."""
-    with pytest.raises(SystemExit) as stop:
-        terminal.run_app(command.app, [str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return call_as_shell(capsys, partial(terminal.run_app, command.app), *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +72,7 @@ def test_errors_are_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(capsys, *arguments)
-    assert code == 1
-    assert "error:" in err
-    assert message in err
-    assert "Traceback" not in err
+    assert_one_message(call(capsys, *arguments), message)
 
 
 def test_committed_results_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
