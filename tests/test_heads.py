@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sylinit
+from conftest import vectors
 
 WORDS = 12
 IDS = torch.randint(WORDS, (48, 8), generator=torch.Generator().manual_seed(0))
@@ -224,3 +225,24 @@ def test_a_head_that_cannot_be_written_is_warned_of_by_its_reason():
         report = sylinit.initialize_(model, [(x, y)], code="mixed")
     assert report["2"].action == "left alone"
     assert not any("promised" in note for note in report.notes)
+
+
+class MeanAndVariance(nn.Module):
+    """Of a Gaussian likelihood."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean, self.log_variance = nn.Linear(12, 16), nn.Linear(16, 1), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.body(x))
+        return self.mean(hidden), self.log_variance(hidden)
+
+
+def test_a_variance_beside_a_mean_is_warned_of_and_left_alone_where_the_mean_is_named():
+    x, _ = vectors()
+    with pytest.warns(sylinit.SylinitWarning, match="'mean', 'log_variance'.*name the others by head="):
+        sylinit.initialize_(MeanAndVariance(), [(x, x[:, :1])])
+    model = MeanAndVariance()
+    report = sylinit.initialize_head_(model, [(x, x[:, :1])], head="mean")
+    assert [layer.name for layer in report.initialized] == ["mean"]

@@ -104,9 +104,21 @@ def find_heads(
     if goals and not chosen:
         goals = _of_one_width(goals, facts.largest if not facts.real else None, trace)
     if goals:
+        if not chosen:
+            _warn_of_shared_values(goals)
         asked_for = chosen or facts.real or classes is not None
         return replace(_heads(goals), notes=() if asked_for else _width_note(goals, int(facts.largest) + 1))
     return _none_found(views, makers, failure, facts, task, classes, data, trace)
+
+
+def _warn_of_shared_values(goals: Mapping[LayerView, Goal]) -> None:
+    """Several heads may be an ensemble, or a mean beside a variance, to which the values say nothing."""
+    if len(goals) > 1 and next(iter(goals.values())).task.name == "regression":
+        names = ", ".join(repr(view.name) for view in goals)
+        warn(
+            f"heads {names}: each is computed for the one target, as in an ensemble; if one of them is something else, "
+            "such as a variance, name the others by head="
+        )
 
 
 def _all_ignored(data: CalibrationSet) -> tuple[str, ...]:
