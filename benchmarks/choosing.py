@@ -53,11 +53,12 @@ def chosen(task: Task, seed: int, what: str, directory: Path | None) -> dict[str
 
     def best(values: Any, plans: Any) -> choice.Choice:
         scores.update(values)
-        return usual(values, plans)
+        return usual[0](values, plans)
 
-    usual, tried = choice._best, choice.TRIED
+    usual = choice._best, choice.TRIED, choice._still_racing
     choice._best = best
-    choice.TRIED = tuple(RECIPES.values()) if what == "scores" else tried
+    if what == "scores":  # all recipes, each to the end
+        choice.TRIED, choice._still_racing = tuple(RECIPES.values()), list
     try:
         began = time.process_time()
         sylinit.initialize_(
@@ -69,7 +70,7 @@ def chosen(task: Task, seed: int, what: str, directory: Path | None) -> dict[str
         )
         seconds = time.process_time() - began
     finally:
-        choice._best, choice.TRIED = usual, tried
+        choice._best, choice.TRIED, choice._still_racing = usual
     record: dict[str, Any] = {"task": task.name, "seed": seed, "what": what, "seconds": seconds}
     if what == "scores" and scores:
         over = {name: [a - b for a, b in zip(each, scores["own"], strict=True)] for name, each in scores.items()}
@@ -187,6 +188,7 @@ def taken(record: dict[str, Any], recipes: Sequence[str], errors: float) -> str:
 SETS: dict[str, tuple[str, ...]] = {
     "all six": tuple(RECIPES),
     "own, half": ("own", "half"),
+    "own, mixed": ("own", "mixed"),
     "own, half, first": ("own", "half", "first"),
     "own, mixed, half": ("own", "mixed", "half"),
     "own, half, pca": ("own", "half", "pca"),

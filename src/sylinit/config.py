@@ -25,6 +25,9 @@ class Config:
             other; label units beyond its rank then get a random mixture of principal axes as well.
         encoding_weight: lambda, the weight of encoding against decoding, of every layer before the head.
         head_encoding_weight: lambda of the head; None for the weight of least generalized cross-validation error.
+        value_standard_errors: a head of values, before training, takes the smallest lambda whose cross-validation error
+            is within so many standard errors of the least one. What it fits of the noise, training cannot take back.
+            Not of heads that are computed alone, by `initialize_head_`: these are to predict as they are.
         variance: of each unit's output.
         variance_floor: the variance along a unit's direction is taken to be at least this share of the mean over all
             directions, which keeps a direction of noise from being blown up.
@@ -72,6 +75,7 @@ class Config:
     few_directions: int = 5
     encoding_weight: float = 4.0
     head_encoding_weight: float | None = None
+    value_standard_errors: float = 1.0
     variance: float = 1.0
     variance_floor: float = 0.1
     logit_deviation: float = 0.1
@@ -140,6 +144,7 @@ RANGES: dict[str, Range] = {
     "few_directions": _at_least(0),
     "encoding_weight": POSITIVE,
     "head_encoding_weight": _or_none(POSITIVE),
+    "value_standard_errors": NOT_NEGATIVE,
     "variance": POSITIVE,
     "variance_floor": NOT_NEGATIVE,
     "logit_deviation": POSITIVE,

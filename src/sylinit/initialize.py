@@ -253,7 +253,7 @@ def _initialize(
 
                     plan = plan_of(wish.code)
                     positions = _picked(plan, seen, data, transaction, processes, call)
-                    context = Context(data, config, processes, transaction, seen.layouts, positions)
+                    context = Context(data, _constants(config, wish), processes, transaction, seen.layouts, positions)
                     if wish.code == "auto" and wish.layers is None and not wish.overwrite:
                         choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
                         plan, notes = choice.plan, choice.notes
@@ -286,6 +286,12 @@ def _initialize(
         offloaded_peak=run.offload.peak if run.offload else 0,
         offloaded_total=run.offload.moved if run.offload else 0,
     )
+
+
+def _constants(config: Config, wish: Wish) -> Config:
+    """The constants, of which a head that is computed alone takes the least error: it is to predict as it is."""
+    alone = wish.heads_only or wish.layers == "head"
+    return replace(config, value_standard_errors=0.0) if alone else config
 
 
 def _trial(

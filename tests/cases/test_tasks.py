@@ -109,7 +109,7 @@ REAL_VALUES = {
 @pytest.mark.parametrize("form", ONE_LOGIT)
 def test_binary_targets_of_any_form_give_a_logit_whose_boundary_is_zero(form, cuts):
     model = mlp(20, 1)
-    report = served(model, cut(X, ONE_LOGIT[form], cuts)).report
+    report = served(model, cut(X, ONE_LOGIT[form], cuts), **ONE_RECIPE).report
     assert report.task == "binary"
     reference = (ridge(features_into(model, "2", X), 2 * ONE[:, None] - 1) > 0).float().eq(ONE[:, None]).float().mean()
     assert reference > 0.85

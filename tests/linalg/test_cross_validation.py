@@ -138,3 +138,37 @@ def test_only_the_head_chooses_and_only_where_nothing_is_asked_for():
     assert weights(config=Config(encoding_weight=2.0, head_encoding_weight=2.0)) == [2.0, 2.0]
     assert weights(config=Config(head_encoding_weight=3.0)) == [4.0, 3.0]
     assert weights(head=None) == [4.0, 4.0]
+
+
+def test_within_standard_errors_the_smallest_weight_is_taken():
+    """The error is written out as above for every weight, of one code with one axis that tells it."""
+    a, variances = torch.tensor([[1.0]]).double(), torch.tensor([[1.0, 0.5, 0.1]]).double()
+    cross, count = torch.tensor([[[0.6, 0.3, 0.05]]]).double(), torch.tensor(40.0).double()
+    kept = WEIGHTS.unsqueeze(1) * variances / (1.0 + WEIGHTS.unsqueeze(1) * variances)
+    left = 1.0 - (kept * (2 - kept) * cross[0] ** 2 / variances).sum(1)
+    errors = left / (1 - (kept.sum(1) + 1) / 40) ** 2
+    chosen = [least_error_weight(a, variances, cross, count, standard_errors=k) for k in (0.0, 1.0, 2.0)]
+    for k, weight in zip((0.0, 1.0, 2.0), chosen, strict=True):
+        allowed = errors <= (1 + k * (2 / 40) ** 0.5) * errors.min()
+        assert weight == float(WEIGHTS[allowed].min())
+    assert chosen[0] > chosen[1] > chosen[2]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_head_of_values_shrinks_where_it_is_to_be_trained(alone: bool):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 12, generator=generator)
+    y = x[:, :1] + torch.randn(60, 1, generator=generator)
+    found = {}
+    for errors in (0.0, 1.0):
+        model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1))
+        torch.manual_seed(0)
+        for part in model[::2]:
+            part.reset_parameters()
+        constants = Config(value_standard_errors=errors)
+        if alone:
+            sylinit.initialize_head_(model, [(x, y)], config=constants)
+        else:
+            sylinit.initialize_(model, [(x, y)], code="own", config=constants)
+        found[errors] = float(model[2].weight.detach().norm())
+    assert (found[1.0] < found[0.0]) is not alone

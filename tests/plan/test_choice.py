@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit.data.tasks import Task
-from sylinit.plan.choice import _best
+from sylinit.plan.choice import _best, _still_racing
 from sylinit.plan.heads import Heads
 from sylinit.plan.plan import Plan
 from sylinit.plan.recipes import FALLBACK, RECIPES
@@ -186,6 +186,40 @@ def test_the_best_recipe_is_taken_and_of_equal_ones_the_own_body():
     assert "took 'pca'" in _best(values | {"pca": better.tolist()}, plans).notes[0]
     assert "took 'own'" in _best(values | {"pca": [math.nan] * 100}, plans).notes[0]
     assert "took 'half'" in _best(values | {"own": [math.nan] * 100}, plans).notes[0]
+
+
+def test_what_is_credibly_worse_is_tried_no_further():
+    generator = torch.Generator().manual_seed(0)
+    best = (torch.rand(60, generator=generator) < 0.9).double()
+    near = best.clone()
+    near[:2] = 1 - best[:2]
+    values = {"own": (1 - best).tolist(), "mixed": best.tolist(), "half": near.tolist()}
+    assert _still_racing(values) == ["mixed", "half"]
+    assert _still_racing({name: each[:10] for name, each in values.items()}) == list(values)  # too few to tell
+    assert _still_racing({"own": [1.0] * 60, "half": [1.0] * 60}) == ["own"]  # alike on every sample
+    assert _still_racing({"own": [math.nan] * 60, "half": [0.5, 1.0] * 30}) == ["half"]
+
+
+def test_a_recipe_out_of_the_race_is_compared_where_both_were_tried():
+    plans = dict.fromkeys(RECIPES, Plan((), (), Heads({}, None, Task("none", "")), ()))
+    note = _best({"own": [0.0, 1.0] * 20, "mixed": [1.0] * 60, "half": [0.5, 1.0] * 30}, plans).notes[0]
+    assert "took 'mixed'" in note
+    assert "scores of 60 held-out samples" in note
+    assert "mixed 1.000 (+0.500 ± 0.080), half 0.750 (+0.250 ± 0.040), own 0.500 (of 40)" in note
+
+
+def test_a_clear_race_ends_after_one_fold():
+    model, sizes = Fourier(), []
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    y = (torch.sin(x @ model.body.weight[0].detach() + model.body.bias[0].detach()) > 0).long()
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        sizes.append(len(batch[0]))
+        return model(batch[0])
+
+    report = sylinit.initialize_(model, [(x, y)], forward=forward)
+    assert "scores of 30 held-out samples" in report.notes[0]
+    assert sum(sizes[1:-1]) == 3 * 90  # between trial run and pass: each of three recipes on one fold and on the rest
 
 
 def test_where_the_head_stays_no_recipe_is_judged_and_the_body_is_computed():

@@ -128,9 +128,9 @@ def test_the_projected_weight_of_a_pca_code_spans_the_leading_principal_axes():
 def test_exact_on_request_and_by_default_where_the_residual_is_too_large():
     models = [network() for _ in range(3)]
     models[1:] = [copy.deepcopy(models[0]) for _ in models[1:]]
-    projected = sylinit.initialize_(models[0], [wide()])
-    exact = sylinit.initialize_(models[1], [wide()], config=Config(solver="exact"))
-    fallen = sylinit.initialize_(models[2], [wide()], config=Config(residual_tolerance=1e-9))
+    projected = sylinit.initialize_(models[0], [wide()], code="mixed")
+    exact = sylinit.initialize_(models[1], [wide()], code="mixed", config=Config(solver="exact"))
+    fallen = sylinit.initialize_(models[2], [wide()], code="mixed", config=Config(residual_tolerance=1e-9))
     assert [report["0"].solver for report in (projected, exact, fallen)] == ["projected", "exact", "exact"]
     assert exact["0"].residual < 1e-10
     assert not exact["0"].reason
@@ -140,7 +140,7 @@ def test_exact_on_request_and_by_default_where_the_residual_is_too_large():
 
 
 def test_axes_that_float32_cannot_tell_from_rounding_are_found_exactly():
-    report = sylinit.initialize_(network(), [wide(rank=30)])
+    report = sylinit.initialize_(network(), [wide(rank=30)], code="mixed")
     assert report["0"].solver == "exact"
     assert report["0"].dead_units == 0
 
@@ -148,14 +148,14 @@ def test_axes_that_float32_cannot_tell_from_rounding_are_found_exactly():
 def test_a_projected_layer_is_the_same_in_every_run():
     models = [network(), network()]
     for model in models:
-        sylinit.initialize_(model, [wide()])
+        sylinit.initialize_(model, [wide()], code="mixed")
     assert torch.equal(models[0][0].weight, models[1][0].weight)
 
 
 def test_few_rows_go_by_their_own_space_whatever_the_solver():
     models = [network(), network()]
     reports = [
-        sylinit.initialize_(model, [wide(550)], config=Config(solver=solver))
+        sylinit.initialize_(model, [wide(550)], code="mixed", config=Config(solver=solver))
         for model, solver in zip(models, ("auto", "exact"), strict=True)
     ]
     assert [report["0"].solver for report in reports] == ["row-space"] * 2
@@ -167,7 +167,7 @@ def test_the_network_is_as_good_by_either_solver():
     accuracy = []
     for solver in ("auto", "exact"):
         model = network()
-        sylinit.initialize_(model, [(x[:1500], y[:1500])], config=Config(solver=solver))
+        sylinit.initialize_(model, [(x[:1500], y[:1500])], code="mixed", config=Config(solver=solver))
         with torch.no_grad():
             accuracy.append(float((model(x[1500:]).argmax(1) == y[1500:]).double().mean()))
     assert accuracy[0] == pytest.approx(accuracy[1], abs=0.02)
@@ -177,7 +177,7 @@ def test_the_network_is_as_good_by_either_solver():
 @pytest.mark.parametrize("solver", ["projected", "", 1])
 def test_an_unknown_solver_is_refused(solver: Any):
     with pytest.raises(SylinitError, match="solver must be 'auto' or 'exact', got"):
-        sylinit.initialize_(network(), [wide()], config=Config(solver=solver))
+        sylinit.initialize_(network(), [wide()], code="mixed", config=Config(solver=solver))
 
 
 class Columns:
@@ -204,7 +204,7 @@ class Columns:
 def test_a_solver_is_one_class_and_one_line(monkeypatch):
     monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [Columns(), *SOLVERS])
     model = network()
-    report = sylinit.initialize_(model, [wide()])
+    report = sylinit.initialize_(model, [wide()], code="mixed")
     assert [layer.solver for layer in report.initialized] == ["columns", "exact"]
     assert torch.equal(model[0].weight.detach() != 0, torch.eye(UNITS, DIM) != 0)
 
@@ -212,18 +212,18 @@ def test_a_solver_is_one_class_and_one_line(monkeypatch):
 def test_a_solver_that_declines_leaves_the_layer_to_the_next_and_says_why(monkeypatch):
     monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [Columns(declines=True), *SOLVERS])
     models = [network(), network()]
-    report = sylinit.initialize_(models[0], [wide()])
+    report = sylinit.initialize_(models[0], [wide()], code="mixed")
     assert report["0"].solver == "projected"
     assert report["0"].reason == "no columns today"
     monkeypatch.undo()
-    sylinit.initialize_(models[1], [wide()])
+    sylinit.initialize_(models[1], [wide()], code="mixed")
     assert torch.equal(models[0][0].weight, models[1][0].weight)
 
 
 def test_a_layer_without_a_solver_is_an_error(monkeypatch):
     monkeypatch.setattr("sylinit.solvers.solve.SOLVERS", [])
     with pytest.raises(SylinitError, match="layer '0': no solver applies"):
-        sylinit.initialize_(network(), [wide()])
+        sylinit.initialize_(network(), [wide()], code="mixed")
 
 
 @dataclass(frozen=True)

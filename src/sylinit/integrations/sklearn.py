@@ -152,7 +152,7 @@ class _Sylvester(BaseEstimator):
             layers=self.layers,
             samples=max(2, len(x)),
             overwrite=isinstance(self.model, nn.Module),  # what a factory makes is fresh
-            config=self.config or Config(),
+            config=self.config or Config(value_standard_errors=0.0),  # it is to predict as it is
             generator=torch.Generator().manual_seed(seed),
         )
         self.model_.eval()

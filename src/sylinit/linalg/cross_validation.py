@@ -27,7 +27,9 @@ EXPLAINED = 0.01
 """and are not looked at where the others leave less than this share of the code's variance."""
 
 
-def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tensor, chunk: int = 1 << 22) -> float:
+def least_error_weight(
+    a: Tensor, variances: Tensor, cross: Tensor, count: Tensor, chunk: int = 1 << 22, standard_errors: float = 0.0
+) -> float:
     """The encoding weight lambda of least generalized cross-validation error.
 
         GCV(lambda) = sum_i  RSS_i / n / (1 - tr(H_i) / n)^2
@@ -40,12 +42,15 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
         cross: covariance of the one with the other, ``[g, k, r]``.
         count: n, the number of rows.
         chunk: numbers that are formed at once.
+        standard_errors: the smallest weight is taken whose error is within so many standard errors of the least one.
+            The standard error of a mean of n squared Gaussian residuals is ``sqrt(2 / n)`` of it.
 
     Returns:
         One weight for all units: the smallest where several are best.
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*,
-    Technometrics 1979.
+    Technometrics 1979; for the standard errors, Breiman, Friedman, Olshen and Stone, *Classification and Regression
+    Trees*, 1984.
     """
     a, v = a.clamp(min=0), variances.clamp(min=0).unsqueeze(1)
     tiny = torch.finfo(v.dtype).tiny
@@ -59,7 +64,13 @@ def least_error_weight(a: Tensor, variances: Tensor, cross: Tensor, count: Tenso
         unseen = (1 - (kept.sum(3) + 1) / count).clamp_(min=1e-6)
         rss = a - (kept * (2 - kept) * explained).sum(3)
         errors.append((rss.clamp_(min=0) / unseen.square()).sum((1, 2)))
+    slack = 1 + standard_errors * float(2 / count.amin()) ** 0.5
     near, far = torch.cat(errors).split([len(WEIGHTS), len(weights) - len(WEIGHTS)])
     if len(far) and bool(near.min() > EXPLAINED * a.sum()) and bool(far.min() < WORTH_IT * near.min()):
-        return float(FARTHER[far.argmin()])
-    return float(WEIGHTS[near.argmin()])
+        return _smallest(FARTHER, far, slack)
+    return _smallest(WEIGHTS, near, slack)
+
+
+def _smallest(weights: Tensor, errors: Tensor, slack: float) -> float:
+    """The first weight whose error is at most so many times the least."""
+    return float(weights[int((errors <= slack * errors.min()).int().argmax())])

@@ -4,8 +4,8 @@ The samples are cut into folds. For each recipe and each fold the model is initi
 and its output on the fold is scored: neither the layers nor the head have seen it. Accuracy before training tells which
 start ends higher. Where no recipe is better than the model's own body, it stays as it came.
 
-What it costs: recipes that do the same to a model are tried once, a trial computes from at most `SEEN` samples, and
-there are no more folds than give `JUDGED` predictions.
+What it costs: recipes that do the same to a model are tried once, a trial computes from at most `SEEN` samples, there
+are no more folds than give `JUDGED` predictions, and a recipe that is credibly worse than the best is tried no further.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ FOLDS = 3
 SEEN = 512
 """A trial computes the model from at most so many samples."""
 
-JUDGED = 512
+JUDGED = 128
 """So many predictions of each recipe are enough to choose by."""
+
+CREDIBLE = 2.0
+"""A recipe that is so many standard errors worse than the best is out of the race."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def choose(
             context.processes.announce(error)
             context.transaction.rewind()
             return fallback(f"the recipes could not be tried on parts of the samples ({_in_a_line(error)})")
-    labels = len(values[OWN.name])
+    labels = max(map(len, values.values()))
     if labels < FEWEST:
         return fallback(f"{labels} labels are too few to judge recipes by")
     return _best(values, plans)
@@ -180,7 +183,8 @@ def _held_out(
     """What each recipe's prediction of each held-out sample with a label is worth, in all processes.
 
     The first head that is computed is judged. The same samples come in the same order for every recipe, however the
-    data is cut, and each recipe gets a copy of its own: a model may write into its input.
+    data is cut, and each recipe gets a copy of its own: a model may write into its input. A recipe that is credibly
+    worse has fewer values than the others; when one is left, or all are alike, there is nothing more to find out.
     """
     processes = context.processes
     computed = _computed(plans[OWN.name])
@@ -189,9 +193,10 @@ def _held_out(
     folds = _folds(goal, processes)
     count = min(FOLDS, math.ceil(JUDGED * FOLDS / len(folds)))
     found: dict[str, list[float]] = {name: [] for name in plans}
+    racing = list(plans)
     for fold in range(count):
         inside, outside = _at_most(JUDGED, folds == fold), _at_most(SEEN, folds != fold)
-        for name, plan in plans.items():
+        for name in racing:
             seen, held = (processes.together(partial(_part, which, context, reader)) for which in (outside, inside))
             parts = {view.name: seen.goal(each, processes) for view, each in goals.items()}
             wanted = replace(goal, targets=held.of(goal.targets))
@@ -201,11 +206,30 @@ def _held_out(
                 positions={name: seen.of(values) for name, values in context.positions.items()},
                 promises={},
             )
-            _compute(plan, parts, here, model, trace, call, offload)
+            _compute(plans[name], parts, here, model, trace, call, offload)
             worth = processes.agree(partial(_worth, head, wanted, spread, held, trace, call))
             found[name] += [value for values in worth for value in values]
             context.transaction.rewind()
+        racing = _still_racing({name: found[name] for name in racing})
+        if len(racing) == 1:
+            break
     return found
+
+
+def _still_racing(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """The recipes that are not credibly worse than the best so far; the best alone where all are alike.
+
+    Source: Maron and Moore, *Hoeffding races: accelerating model selection search for classification and function
+    approximation*, NIPS 1993; here with the standard error of paired differences.
+    """
+    known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
+    best = max(known, key=lambda name: _mean(known[name]))
+    if len(known[best]) < FEWEST:
+        return list(values)
+    if all(torch.equal(each, known[best]) for each in known.values()):
+        return [best]
+    behind = {name: _difference(known[best], each) for name, each in known.items()}
+    return [name for name, (gap, error) in behind.items() if name == best or gap <= CREDIBLE * error]
 
 
 def _compute(
@@ -299,21 +323,29 @@ def _folds(goal: Goal, processes: Processes) -> Tensor:
 
 
 def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> Choice:
-    """The best recipe; of equal ones the first, which is the model's own body."""
+    """The best of the recipes that were tried to the end; of equal ones the first, which is the model's own body."""
     known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
-    means = {name: float(each.mean()) if bool(each.isfinite().all()) else -math.inf for name, each in known.items()}
-    ordered = sorted(means, key=lambda name: -means[name])
-    taken = ordered[0]
-    scores = [f"{name} {means[name]:.3f}" for name in ordered]
-    for place, name in enumerate(ordered):
+    most = max(map(len, known.values()))
+    ordered = sorted(known, key=lambda name: (-len(known[name]), -_mean(known[name])))
+    taken, scores = ordered[0], []
+    for name in ordered:
+        said = f"{name} {_mean(known[name]):.3f}"
+        details = [] if len(known[name]) == most else [f"of {len(known[name])}"]
         if name != OWN.name:
             difference, error = _difference(known[name], known[OWN.name])
-            scores[place] += f" ({difference:+.3f} ± {error:.3f})"
-    said = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {len(known[taken])} held-out samples"
-    return Choice(plans[taken], (f"{said} (over own, with the standard error): {', '.join(scores)}",))
+            details.insert(0, f"{difference:+.3f} ± {error:.3f}")
+        scores.append(f"{said} ({', '.join(details)})" if details else said)
+    note = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {most} held-out samples"
+    return Choice(plans[taken], (f"{note} (over own, with the standard error): {', '.join(scores)}",))
 
 
-def _difference(values: Tensor, own: Tensor) -> tuple[float, float]:
-    """The mean of the paired differences, and its standard error."""
-    difference = values - own
-    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+def _mean(values: Tensor) -> float:
+    """The mean; of values that are not all finite, less than any other."""
+    return float(values.mean()) if bool(values.isfinite().all()) else -math.inf
+
+
+def _difference(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """The mean of the paired differences on the samples that both have, and its standard error."""
+    count = min(len(first), len(second))
+    difference = first[:count] - second[:count]
+    return float(difference.mean()), float(difference.std()) / count**0.5

@@ -70,7 +70,8 @@ def solve_in_axes(
     encoding_weight = problem.encoding_weight(config)
     if encoding_weight is None:
         a, u = robust_eigh(gram)
-        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count, config.chunk)
+        errors = config.value_standard_errors if problem.role == "values" else 0.0
+        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count, config.chunk, errors)
     weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross)
     return weight, encoding_weight
 
