@@ -352,6 +352,54 @@ def basic_motions(part: str, directory: Path | None) -> tuple[Any, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The second look: data on which nothing was chosen
+
+
+@dataset("rotations", "image")
+def rotations(part: str, directory: Path | None) -> tuple[Any, Any]:
+    """By how many quarters a piece of 20x20 pixels of scikit-learn's two photographs is turned.
+
+    Pieces to train on are of the left 60 % of a photograph, those to test on of the rest.
+    """
+    from sklearn.datasets import load_sample_images
+
+    train = part == "train"
+    draw = np.random.default_rng(0 if train else 1)
+    pieces = []
+    for photograph in load_sample_images().images:
+        height, width, _ = photograph.shape
+        border = int(0.6 * width)
+        for _ in range(1000):
+            top = draw.integers(0, height - 20)
+            left = draw.integers(0, border - 20) if train else draw.integers(border, width - 20)
+            pieces.append(photograph[top : top + 20, left : left + 20].transpose(2, 0, 1))
+    turns = np.arange(len(pieces)) % 4
+    turned = [np.rot90(piece, int(turn), (1, 2)) for piece, turn in zip(pieces, turns, strict=True)]
+    return np.stack(turned), turns
+
+
+@dataset("hastie", "table")
+def hastie(part: str, directory: Path | None) -> tuple[Any, Any]:
+    """Whether ten Gaussian numbers lie far from zero, made by scikit-learn with a fixed seed.
+
+    Source: Hastie, Tibshirani and Friedman, *The Elements of Statistical Learning*, 2009, example 10.2.
+    """
+    from sklearn.datasets import make_hastie_10_2
+
+    x, y = make_hastie_10_2(4000, random_state=0)
+    return cut(part, (x, (y > 0).astype(np.int64)))
+
+
+@dataset("covid-3-month", "series", regression=True)
+def covid_3_month(part: str, directory: Path | None) -> tuple[Any, Any]:
+    """Deaths over cases after three months of a country's daily cases, 1x84."""
+    from aeon.datasets import load_regression
+
+    x, y = load_regression("Covid3Month")
+    return cut(part, (x, y.astype(np.float64)), regression=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 

@@ -565,6 +565,113 @@ def gru(shape: Shape, outputs: int) -> Network:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The second look: kinds of networks on which nothing was chosen
+
+
+class DenseLayer(nn.Module):
+    """A convolution behind BatchNorm and ReLU, whose output joins its input."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, channels, ...]`` to ``[n, channels + growth, ...]``."""
+        return torch.cat([x, self.conv(self.norm(x).relu())], 1)
+
+
+@network("densenet")
+def densenet(shape: Shape, outputs: int) -> Network:
+    """Two dense blocks of four layers that add 12 channels each, halved and pooled between them.
+
+    Source: Huang, Liu, van der Maaten and Weinberger, *Densely Connected Convolutional Networks*, CVPR 2017.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], 24, 3, padding=1, bias=False)]
+    layers += [DenseLayer(channels, 12) for channels in (24, 36, 48, 60)]
+    layers += [nn.BatchNorm2d(72), nn.ReLU(), nn.Conv2d(72, 36, 1, bias=False), nn.AvgPool2d(2)]
+    layers += [DenseLayer(channels, 12) for channels in (36, 48, 60, 72)]
+    layers += [nn.BatchNorm2d(84), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return built(nn.Sequential(*layers), shape, outputs)
+
+
+class CausalBlock(nn.Module):
+    """Two dilated convolutions that see no later value, with weight normalization and a shortcut."""
+
+    def __init__(self, channels: int, width: int, dilation: int) -> None:
+        super().__init__()
+        self.past = 2 * dilation
+        weight_norm = nn.utils.parametrizations.weight_norm
+        self.first = weight_norm(nn.Conv1d(channels, width, 3, dilation=dilation))
+        self.second = weight_norm(nn.Conv1d(width, width, 3, dilation=dilation))
+        self.shortcut = nn.Conv1d(channels, width, 1) if channels != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, channels, length]`` to ``[n, width, length]``."""
+        y = self.first(F.pad(x, (self.past, 0))).relu()
+        return (self.shortcut(x) + self.second(F.pad(y, (self.past, 0))).relu()).relu()
+
+
+class LastValue(nn.Module):
+    """What the last place of a series holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, channels, length]`` to ``[n, channels]``."""
+        return x[:, :, -1]
+
+
+@network("tcn")
+def tcn(shape: Shape, outputs: int) -> Network:
+    """A temporal convolutional network of five blocks of 32 channels; its features are those of the last place.
+
+    Source: Bai, Kolter and Koltun, *An Empirical Evaluation of Generic Convolutional and Recurrent Networks for
+    Sequence Modeling*, arXiv 1803.01271.
+    """
+    blocks = [CausalBlock(32 if level else shape[0], 32, 2**level) for level in range(5)]
+    return built(nn.Sequential(*blocks, LastValue()), shape, outputs)
+
+
+class ColumnTokens(nn.Module):
+    """A token for each column of a table, its value times a vector plus a vector, behind a token for the row."""
+
+    def __init__(self, columns: int, width: int) -> None:
+        super().__init__()
+        bound = width**-0.5
+        self.scale = nn.Parameter(torch.empty(columns, width).uniform_(-bound, bound))
+        self.offset = nn.Parameter(torch.empty(columns, width).uniform_(-bound, bound))
+        self.row = nn.Parameter(torch.empty(1, 1, width).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, columns]`` to ``[n, 1 + columns, width]``."""
+        tokens = x.unsqueeze(2) * self.scale + self.offset
+        return torch.cat([self.row.expand(len(x), -1, -1), tokens], 1)
+
+
+class RowToken(nn.Module):
+    """The normalized token of the row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, tokens, width]`` to ``[n, width]``."""
+        return self.norm(x[:, 0]).relu()
+
+
+@network("ft-transformer")
+def ft_transformer(shape: Shape, outputs: int) -> Network:
+    """A Transformer of two layers over the columns of a table.
+
+    Source: Gorishniy, Rubachev, Khrulkov and Babenko, *Revisiting Deep Learning Models for Tabular Data*, 2021.
+    """
+    layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    body = nn.Sequential(nn.Flatten(), ColumnTokens(math.prod(shape), 32), encoder, RowToken(32))
+    return built(body, shape, outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Text: token numbers [length], zero where there is no token
 
 

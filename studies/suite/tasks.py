@@ -49,6 +49,13 @@ class Task:
         return 16 if self.pretrained else 32
 
 
+SECOND_LOOK: list[tuple[str, int, str]] = [
+    ("rotations", 25, "densenet"),
+    ("hastie", 50, "ft-transformer"),
+    ("covid-3-month", 60, "tcn"),
+]
+"""Networks and data that no choice has seen, named before they were run."""
+
 TABLE: list[tuple[str, int, str]] = [
     ("cifar10", 50, "lenet5 vgg vgg-bn vgg-linear resnet wide-resnet mobilenet convnext vit mixer mlp"),
     ("cifar10", 10, "resnet mixer"),
@@ -70,6 +77,7 @@ TABLE: list[tuple[str, int, str]] = [
     ("banking77-embeddings", 5, "linear mlp"),
     ("banking77", 5, "minilm minilm-lora"),
     ("banking77", 10, "minilm minilm-lora"),
+    *SECOND_LOOK,
 ]
 """Data set, size of the train subset, networks."""
 
