@@ -39,6 +39,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "acsf1": (1, 365),
     "japanese-vowels": (12, 29),
     "basic-motions": (6, 100),
+    "rotations": (3, 20, 20),
+    "hastie": (10,),
+    "covid-3-month": (1, 84),
     "banking77": (32,),
     "banking77-embeddings": (384,),
 }
