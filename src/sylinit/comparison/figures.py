@@ -34,6 +34,29 @@ LOOKS = {
 }
 """Place of each initialization among the colors and markers of its family."""
 
+PLAIN = {
+    "digits": "handwritten digits",
+    "cifar10": "CIFAR-10",
+    "fashion-mnist": "Fashion-MNIST",
+    "synthetic": "random data",
+    "mlp": "MLP",
+    "cnn": "CNN",
+    "fcn": "FCN",
+    "resnet18": "ResNet-18",
+    "resnet20": "ResNet-20",
+    "resnet56": "ResNet-56",
+    "resnet110": "ResNet-110",
+    "vit-tiny": "ViT-Tiny",
+    "sgd": "SGD",
+    "adamw": "AdamW",
+}
+"""Names of data, networks and optimizers on the command line, as people write them."""
+
+
+def plain(name: str) -> str:
+    """A name of the command line as titles show it; one that is not known, such as a path, stays as it is."""
+    return PLAIN.get(name, name)
+
 
 def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Color and marker of each label, the same in every figure: sylinit warm and thick, the others cold.
