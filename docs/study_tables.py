@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -111,9 +111,11 @@ def rates(model: str, optimizer: str) -> str:
     """Accuracy after training, one row for each initialization, one column for each rate."""
     by_rate = learning_rates(model)[optimizer]
     columns = [by_rate[rate] for rate in GRIDS[optimizer]]
-    body = []
-    for name in columns[0]:
-        body.append([f"`{name}`", *(value(c[name], "after", bold=c[name] is ranked(c.values())[0]) for c in columns)])
+    tops = [ranked(column.values())[0] for column in columns]
+    body = [
+        [f"`{name}`", *(value(c[name], "after", bold=c[name] is top) for c, top in zip(columns, tops, strict=True))]
+        for name in columns[0]
+    ]
     for words, other in (("the best random one", best_random), ("PCA whitening", whitened)):
         body.append([f"lead over {words}", *(lead(c[OURS], other(c)) for c in columns)])
     return markdown([f"peak rate of {OPTIMIZERS[optimizer]}", *(f"{rate:g}" for rate in GRIDS[optimizer])], body)
@@ -122,11 +124,10 @@ def rates(model: str, optimizer: str) -> str:
 def full_set() -> str:
     """All of CIFAR-10."""
     found = methods("scratch", "cifar10", "resnet20", None)
-    body = [
-        [f"`{row.label}`", *(value(row, metric) for metric in ("before", "after", "area"))]
-        + ["" if row.label == OURS else lead(found[OURS], row)]
-        for row in ranked(found.values())
-    ]
+    body = []
+    for row in ranked(found.values()):
+        cells = [value(row, metric) for metric in ("before", "after", "area")]
+        body.append([f"`{row.label}`", *cells, "" if row.label == OURS else lead(found[OURS], row)])
     return markdown(["initialization", "before", "after", "mean over training", "lead of `sylinit`"], body)
 
 
@@ -396,7 +397,11 @@ def draw(preset: str, name: str, metric: str) -> Figure:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{f"mean-{data}-{model}": functools.partial(means_over_training, data, model) for data in DATA for model in NETWORKS},
+    **{
+        f"mean-{data}-{model}": functools.partial(means_over_training, data, model)
+        for data in DATA
+        for model in NETWORKS
+    },
     **{f"rates-{model}-{name}": functools.partial(rates, model, name) for model in NETWORKS for name in OPTIMIZERS},
     **{
         f"{short}-{axis}": functools.partial(growth, axis, metric)
@@ -473,9 +478,9 @@ def numbers() -> dict[str, str]:
             sizes = list(by_method[OURS])
             found["lsuv_until"] = f"{max(n for n, ratio in zip(sizes, ratios, strict=True) if ratio > 1)}"
             found["lsuv_from"] = f"{min(n for n, ratio in zip(sizes, ratios, strict=True) if ratio < 1)}"
-    few, many = change("resnet20", 50, 20), change("resnet20", 500, 15)
-    few_free, many_held = change("resnet20", 50, 20, **FREE), change("resnet20", 500, 15, **HELD)
-    assert few and many and few_free and many_held
-    found["held_few"] = lead(few, few_free).removeprefix("+")
-    found["held_many"] = lead(many, many_held).removeprefix("+")
+    for key, shots, epochs, values in (("few", 50, 20, FREE), ("many", 500, 15, HELD)):
+        chosen, other = change("resnet20", shots, epochs), change("resnet20", shots, epochs, **values)
+        assert chosen is not None
+        assert other is not None
+        found[f"held_{key}"] = lead(chosen, other).removeprefix("+")
     return found

@@ -37,6 +37,7 @@ from sylinit.comparison.figures import style
 from sylinit.comparison.statistics import Interval, paired
 from sylinit.comparison.summary import Row, gap, ranked, rows
 
+
 def few_labels(data: str, model: str) -> str:
     """Accuracy after training, one row for each initialization, one column for each number of labels."""
     columns = [methods("fewshot", data, model, shots) for shots in SHOTS]
@@ -58,7 +59,10 @@ def before_training(data: str, model: str) -> str:
         ["best random one, no training step", *(value(row, "before") for row in randoms)],
         ["best random one, trained", *(value(row, "after") for row in randoms)],
         ["PCA whitening, trained", *(value(c["pca-whitening"], "after") for c in columns)],
-        ["untrained less trained", *(head_start(c[OURS], row).percent(sign=True) for c, row in zip(columns, randoms, strict=True))],
+        [
+            "untrained less trained",
+            *(head_start(c[OURS], row).percent(sign=True) for c, row in zip(columns, randoms, strict=True)),
+        ],
     ]
     return markdown(["labels of each class", *map(str, SHOTS)], body)
 
@@ -427,7 +431,7 @@ def write(folder: Path) -> dict[str, str]:
         (folder / f"{name}.md").write_text(page, encoding="utf-8")
     for name, draw in FIGURES.items():
         draw().savefig(folder / f"{name}.png", dpi=150)
-    return {name: found.replace(" ", "\N{NO-BREAK SPACE}") for name, found in numbers().items()}
+    return {name: found.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") for name, found in numbers().items()}
 
 
 if __name__ == "__main__":

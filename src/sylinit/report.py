@@ -151,8 +151,9 @@ class Report:
         if self.offloaded_total:
             peak, total = (f"{size / 1e6:.0f} MB" for size in (self.offloaded_peak, self.offloaded_total))
             lines.append(f"note: at most {peak} of activations were offloaded at one time, {total} in all")
+        matrices = f"{len(done)} {'matrix' if len(done) == 1 else 'matrices'}"
         lines.append(
-            f"{len(done)} {'matrix' if len(done) == 1 else 'matrices'} from {self.samples} samples in {self.seconds:.2f} s "
+            f"{matrices} from {self.samples} samples in {self.seconds:.2f} s "
             f"({self.solve_seconds:.2f} s of it on layers, the rest running the model)"
         )
         if done:

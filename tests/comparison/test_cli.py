@@ -258,7 +258,7 @@ def test_compare_names_the_best_and_resumes(tmp_path: Path, capsys: pytest.Captu
     code, again, _ = call(capsys, *arguments)
     assert code == 0
     assert "8 are done" in again
-    table = "mlp, 3 examples"
+    table = "handwritten digits, MLP, 3 examples"
     assert again[again.index(table) :] == out[out.index(table) :]
     assert (tmp_path / "results.jsonl").read_text() == lines
 

@@ -220,7 +220,7 @@ def test_a_sweep_of_sylinit_alone_says_how_far_each_place_is_below_the_best() ->
     plan = Plan(tuple({each.experiment.method for each in records}), grid=(0.1,))
     (panel,) = panels(PRESETS["lambda"], Comparison(plan, tuple(records), {}))
     (fall,) = [grid for grid in panel.tables if "less each other" in grid.caption and "after" in grid.caption]
-    assert fall.caption.startswith("encoding_weight 1 less each other")
+    assert fall.caption.startswith("weight of encoding, λ 1 less each other")
     assert fall.cells == (("sylinit", "+20.0", "", "+10.0"),)
     shots = tuple(record(replace(TINY, initialization="sylinit", shots=n, lr=0.1), 0.01 * n) for n in (5, 20))
     (panel,) = panels(PRESETS["fewshot"], Comparison(plan, shots, {}))
