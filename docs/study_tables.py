@@ -6,6 +6,7 @@ import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ from studies.presets import PRESETS
 from studies.race import race
 from studies.resume import as_run, in_precision
 from sylinit.comparison.experiment import Experiment
+from sylinit.comparison.figures import before_and_after
 from sylinit.comparison.plan import GRIDS, read
 from sylinit.comparison.statistics import Interval
 from sylinit.comparison.store import Record, Store
@@ -396,6 +398,17 @@ def draw(preset: str, name: str, metric: str) -> Figure:
     return dict(panel.figures)[metric]
 
 
+def draw_neighbors() -> Figure:
+    """The CNN with the defaults and with one of them changed, before and after training."""
+    shown = []
+    for name, values in CHANGES.items():
+        row = change("cnn", 50, 20, **values)
+        if row is not None:
+            label = name if values else OURS
+            shown.append(replace(row, method=replace(row.method, initialization=label, options=())))
+    return before_and_after(shown, "CIFAR-10, CNN, 50 examples a class (held-back training data)")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f"mean-{data}-{model}": functools.partial(means_over_training, data, model)
@@ -425,6 +438,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FIGURES: dict[str, Callable[[], Figure]] = {
     "full-set": functools.partial(draw, "scratch", "cifar10-resnet20-all", "curves"),
     "codes": functools.partial(draw, "codes", "cifar10-cnn-50", "accuracy"),
+    "neighbors": draw_neighbors,
     "encoding-weight": functools.partial(draw, "lambda", "cifar10-cnn-50-encoding-weight", "before"),
     "samples": functools.partial(draw, "samples", "cifar10-cnn-50-samples", "before"),
     "rates-cnn": functools.partial(draw, "learning-rate", "cifar10-cnn-50-sgd-lr", "after"),
