@@ -12,69 +12,30 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import command_line
+import study_tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from stored import (
+    DATA,
+    NETWORKS,
+    OURS,
+    RESULTS,
+    SHOTS,
+    TUNED,
+    best_random,
+    comparison,
+    counted,
+    lead,
+    markdown,
+    methods,
+    stored,
+    value,
+)
 
-from studies.presets import PRESETS
-from studies.resume import as_run
 from sylinit.comparison.figures import style
-from sylinit.comparison.plan import Comparison, read
-from sylinit.comparison.statistics import paired
-from sylinit.comparison.store import Store
+from sylinit.comparison.statistics import Interval, paired
 from sylinit.comparison.summary import Row, gap, ranked, rows
-
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-
-SHOTS = (5, 10, 20, 50, 100, 500)
-"""Labeled images of each class in the study of few labels."""
-
-TUNED = (10, 20, 50)
-"""The same in the study of fine-tuning."""
-
-WHITENING = ("pca-whitening", "pca-whitening-rescaled")
-OURS = "sylinit"
-
-NETWORKS = {"cnn": "CNN", "resnet20": "ResNet-20"}
-DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
-
-
-def markdown(header: Sequence[str], body: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table of so many columns of words, and of numbers after them."""
-    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-@functools.cache
-def comparison(preset: str) -> Comparison:
-    """What a study has come to."""
-    store = Store(RESULTS / "study" / f"{preset}.jsonl")
-    return read(as_run(PRESETS[preset].plan(False), store), store)
-
-
-def methods(preset: str, data: str, model: str, shots: int | None) -> dict[str, Row]:
-    """The rows of one comparison, by initialization."""
-    return {
-        row.label: row
-        for row in rows(comparison(preset))
-        if (Path(row.method.dataset).name, row.method.model, row.method.shots) == (data, model, shots)
-    }
-
-
-def best_random(found: Mapping[str, Row]) -> Row:
-    """The random initialization, or LSUV, that ends highest."""
-    return ranked(row for name, row in found.items() if name != OURS and name not in WHITENING)[0]
-
-
-def value(row: Row, metric: str, *, bold: bool = False) -> str:
-    """A cell: mean and interval in percent; a star where the learning rate was at the edge of its grid."""
-    shown = row.interval(metric).percent() + ("*" if row.at_edge and metric == "after" else "")
-    return f"**{shown}**" if bold else shown
-
-
-def lead(mine: Row, other: Row, metric: str = "after") -> str:
-    """A cell: how far one is above the other, paired by seed."""
-    found = gap(mine, other, metric)
-    return "" if found is None else found.percent(sign=True)
 
 
 def few_labels(data: str, model: str) -> str:
@@ -98,31 +59,19 @@ def before_training(data: str, model: str) -> str:
         ["best random one, no training step", *(value(row, "before") for row in randoms)],
         ["best random one, trained", *(value(row, "after") for row in randoms)],
         ["PCA whitening, trained", *(value(c["pca-whitening"], "after") for c in columns)],
-        ["untrained less trained", *(head_start(c[OURS], row) for c, row in zip(columns, randoms, strict=True))],
+        [
+            "untrained less trained",
+            *(head_start(c[OURS], row).percent(sign=True) for c, row in zip(columns, randoms, strict=True)),
+        ],
     ]
     return markdown(["labels of each class", *map(str, SHOTS)], body)
 
 
-def head_start(mine: Row, other: Row) -> str:
-    """A cell: one before any training less the other after all of it, paired by seed."""
+def head_start(mine: Row, other: Row) -> Interval:
+    """One before any training less the other after all of it, paired by seed."""
     ends = {record.experiment.seed: record.result["after"] for record in other.records}
     pairs = [(r.result["before"], ends[r.experiment.seed]) for r in mine.records if r.experiment.seed in ends]
-    return paired([a for a, _ in pairs], [b for _, b in pairs]).percent(sign=True)
-
-
-def full_set() -> str:
-    """All of CIFAR-10."""
-    found = methods("scratch", "cifar10", "resnet20", None)
-    body = [
-        [
-            f"`{row.label}`",
-            value(row, "before"),
-            value(row, "after"),
-            "" if row.label == OURS else lead(found[OURS], row),
-        ]
-        for row in ranked(found.values())
-    ]
-    return markdown(["initialization", "before", "after", "lead of `sylinit`"], body)
+    return paired([a for a, _ in pairs], [b for _, b in pairs])
 
 
 def fine_tuning(data: str) -> str:
@@ -147,17 +96,9 @@ def codes(model: str) -> str:
     body = []
     for row in ranked(found):
         name = row.label.removeprefix("sylinit code=")
-        shown = f"`{name}`" + (" (default)" if row is default else "")
         cells = [value(row, "before"), value(row, "after")]
-        body.append([shown, f"{row.lr:g}", *cells, "" if row is default else lead(default, row)])
-    return markdown(["code", "rate", "before", "after", "lead of the default"], body)
-
-
-@functools.cache
-def stored(name: str) -> dict[str, Any]:
-    """A JSON file of results."""
-    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return found
+        body.append([f"`{name}`", f"{row.lr:g}", *cells, "" if row is default else lead(default, row)])
+    return markdown(["code", "rate", "before", "after", "lead of `mixed`"], body)
 
 
 PASSES = {
@@ -172,6 +113,8 @@ PASSES = {
     "mlp-width-128": "linear layers of 128 units, 16,384 rows",
     "mlp-width-1024": "linear layers of 1,024 units, 16,384 rows",
 }
+CONVOLUTIONAL = [name for name in PASSES if name.startswith("resnet")]
+LINEAR = [name for name in PASSES if name.startswith("mlp")]
 
 
 def cost() -> str:
@@ -272,7 +215,6 @@ TABLES: dict[str, Callable[[], str]] = {
         for data in DATA
         for model in NETWORKS
     },
-    "full-set": full_set,
     "fine-tuning-near": functools.partial(fine_tuning, "cifar10"),
     "fine-tuning-far": functools.partial(fine_tuning, "digits"),
     "codes-cnn": functools.partial(codes, "cnn"),
@@ -281,13 +223,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "tasks": tasks,
     "estimators": estimators,
+    **study_tables.TABLES,
 }
 """Each table, by the name of the file that pages include."""
 
 
 def numbers() -> dict[str, str]:
     """What pages say in words, as ``{{ name }}``."""
-    found: dict[str, str] = {}
+    found = study_tables.numbers()
     for data in DATA:
         for model in NETWORKS:
             for shots in SHOTS:
@@ -302,6 +245,9 @@ def numbers() -> dict[str, str]:
                     f"{key}_whitened": whitened.interval("after").percent(),
                     f"{key}_lead_whitened": lead(mine, whitened).removeprefix("+"),
                 }
+            columns = [methods("fewshot", data, model, shots) for shots in SHOTS]
+            starts = [head_start(column[OURS], best_random(column)) for column in columns]
+            found[f"{data.replace('-', '_')}_{model}_untrained"] = counted(starts)
     for data, name in (("cifar10", "near"), ("digits", "far")):
         for shots in TUNED:
             cell = methods("finetune", data, "cnn", shots)
@@ -314,19 +260,50 @@ def numbers() -> dict[str, str]:
     found["full_lead_random"] = lead(whole[OURS], best_random(whole))
     passes = stored("one_pass.json")["rows"]
     found |= {f"passes_{name.replace('-', '_')}": f"{passes[name]['ratio']:.1f}" for name in PASSES}
+    for kind, names in (("convolutional", CONVOLUTIONAL), ("linear", LINEAR)):
+        ratios = [passes[name]["ratio"] for name in names]
+        found |= {f"passes_{kind}_least": f"{min(ratios):.1f}", f"passes_{kind}_most": f"{max(ratios):.1f}"}
     found |= {f"lsuv_{n}": f"{passes[f'lsuv-{n}']['times_faster']:.0f}" for n in ("resnet20", "resnet56")}
     found["worst_shortfall"] = f"{100 * max(map(shortfall, task_rows().values())):.1f}"
-    behind = [
-        found["MiniRocket"]["accuracy"] - found["sylinit"]["accuracy"]
-        for found in estimator_rows().values()
-        if "MiniRocket" in found
-    ]
-    found |= {"rocket_mean": f"{100 * sum(behind) / len(behind):.1f}", "rocket_worst": f"{100 * max(behind):.1f}"}
+    firsts = [entries[0] for entries in task_rows().values() if entries[0].get("logistic") is not None]
+    ahead = sum(first["logistic"] > max(first["head"], first["ridge"]) for first in firsts)
+    found["logistic_ahead"] = f"{ahead} of {len(firsts)}"
+    found |= estimator_numbers() | fine_tuning_numbers()
     for model in NETWORKS:
         for row in rows(comparison("codes")):
             if row.method.model == model:
                 code = row.label.removeprefix("sylinit code=").replace(":", "_").replace(".", "_")
                 found[f"code_{model}_{code}"] = row.interval("after").percent()
+        by_code = {row.label: row for row in rows(comparison("codes")) if row.method.model == model}
+        noise, labels = (by_code[f"sylinit code={code}"] for code in ("random", "label"))
+        found[f"code_{model}_noise_over_labels"] = lead(noise, labels).removeprefix("+")
+    return found
+
+
+def estimator_numbers() -> dict[str, str]:
+    """How the computed classifier stands to others: on time series, and on tables, where MiniRocket has no row."""
+    series = [row for row in estimator_rows().values() if "MiniRocket" in row]
+    plain = [row for row in estimator_rows().values() if "MiniRocket" not in row]
+    found = {}
+    for group, name in ((series, "series"), (plain, "plain")):
+        for other in group[0].keys() - {"sylinit"}:
+            leads = [row["sylinit"]["accuracy"] - row[other]["accuracy"] for row in group]
+            key = f"{name}_{other.lower()}"
+            found[f"{key}_above"] = f"{sum(lead > 0 for lead in leads)} of {len(leads)}"
+            found[f"{key}_mean"] = f"{100 * sum(leads) / len(leads):+.1f}"
+            found[f"{key}_worst"] = f"{100 * min(leads):+.1f}"
+    slower = [row["sylinit"]["seconds"] / row["forest"]["seconds"] for row in (*series, *plain)]
+    return found | {"slower_than_forest": f"{median(slower):.0f}"}
+
+
+def fine_tuning_numbers() -> dict[str, str]:
+    """How often what is computed ends above LP-FT, near and far."""
+    found = {}
+    for data, name in (("cifar10", "near"), ("digits", "far")):
+        cells = [methods("finetune", data, "cnn", shots) for shots in TUNED]
+        for start in ("sylinit head", "sylinit last two", "sylinit all"):
+            leads = [each for cell in cells if (each := gap(cell[start], cell["LP-FT"])) is not None]
+            found[f"{name}_{start.split(' ', 1)[1].replace(' ', '_')}_counted"] = counted(leads)
     return found
 
 
@@ -436,6 +413,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "after": lambda: drawn(functools.partial(show_after, data="cifar10", model="cnn")),
     "fine-tuning": lambda: drawn(show_fine_tuning),
     "tasks": draw_tasks,
+    **study_tables.FIGURES,
 }
 """Each figure, by the name of its file."""
 
@@ -449,9 +427,11 @@ def write(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     for name, make in TABLES.items():
         (folder / f"{name}.md").write_text(make(), encoding="utf-8")
+    for name, page in command_line.reference().items():
+        (folder / f"{name}.md").write_text(page, encoding="utf-8")
     for name, draw in FIGURES.items():
         draw().savefig(folder / f"{name}.png", dpi=150)
-    return {name: found.replace(" ", "\N{NO-BREAK SPACE}") for name, found in numbers().items()}
+    return {name: found.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") for name, found in numbers().items()}
 
 
 if __name__ == "__main__":

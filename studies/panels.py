@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from studies.exponents import exponent
 from studies.presets import Preset
 from studies.race import Pace, race
-from sylinit.comparison.figures import before_and_after, learning_curves, lines
+from sylinit.comparison.figures import before_and_after, learning_curves, lines, plain
 from sylinit.comparison.plan import Comparison
 from sylinit.comparison.statistics import Interval
 from sylinit.comparison.summary import Row, gap, ours, ranked, rows, verdict
@@ -49,6 +50,17 @@ DERIVED = {
     },
 }
 """Exponents that counting operations and bytes gives, by what is measured, initialization and size."""
+
+AXES = {
+    "shots": "labeled examples a class",
+    "lr": "peak learning rate",
+    "encoding_weight": "weight of encoding, λ",
+    "samples": "samples that are read",
+    "rows": "rows that are read of each layer",
+    "depth": "layers",
+    "width": "units of each layer",
+}
+"""What an axis says of the field or option that it shows."""
 
 LOST = "Runs that diverged and count as chance"
 
@@ -87,7 +99,8 @@ def panels(preset: Preset, comparison: Comparison) -> list[Panel]:
         fixed = axis != "shots" and method.task != "time"  # the number of examples
         size = "all training data" if method.shots is None else f"{method.shots} examples a class"
         optimizer = method.optimizer if several else ""
-        title = _joined(", ", method.dataset, method.model, size if fixed else "", optimizer) + measured
+        named = [plain(name) for name in (Path(method.dataset).name, method.model)]
+        title = _joined(", ", *named, size if fixed else "", plain(optimizer)) + measured
         short = _joined("-", method.dataset, method.model, str(method.shots or "all") if fixed else "", optimizer, axis)
         groups.setdefault((title, re.sub("[^a-z0-9]+", "-", short.lower()), axis), []).append(row)
     return [_panel(preset, group, *key) for key, group in groups.items()]
@@ -194,7 +207,7 @@ def _swept(preset: Preset, group: list[Row], title: str, name: str, axis: str) -
         options = tuple(pair for pair in row.method.options if pair[0] != axis)
         series.setdefault(replace(row.method, options=options).label, {})[value] = row
     places = sorted({value for points in series.values() for value in points})
-    xlabel = {"shots": "labelled examples a class", "lr": "peak learning rate"}.get(axis, axis)
+    xlabel = AXES.get(axis, axis)
     if len(places) == 1 and group[0].values("after"):
         return _flat(preset, group, f"{title}, {xlabel}: {places[0]:g}", f"{name}-{places[0]:g}")
     figures, tables, own = [], [], ours(group)

@@ -48,6 +48,11 @@ def my_function(x: Tensor, target: Tensor, units: int) -> Tensor:
     return x[:, :units]
 
 
+def test_the_readme_can_be_read_in_minutes() -> None:
+    assert len(README.splitlines()) <= 120
+    assert len(README.split()) <= 800
+
+
 def test_the_readme_has_statements() -> None:
     assert sum("initialize_" in statement for statement in STATEMENTS) >= 8
 

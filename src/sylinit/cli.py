@@ -1,4 +1,4 @@
-"""The commands: `sylinit demo`, `init` and `compare`."""
+"""The commands: `sylinit demo`, `init`, `info` and `compare`."""
 
 from __future__ import annotations
 
@@ -155,7 +155,11 @@ def init(
     ] = None,
     code: Annotated[
         str | None,
-        typer.Option(help="The latent code; see sylinit.CODES. By default the library's.", show_default=False),
+        typer.Option(
+            help="A recipe (auto, mixed, half, own) or a latent code (see sylinit.CODES). By default auto: recipes are "
+            "tried on samples that are held out, and the best is taken.",
+            show_default=False,
+        ),
     ] = None,
     encoding_weight: Annotated[
         float | None,
@@ -204,6 +208,8 @@ def init(
     headline, _, rest = str(result).partition("\n")
     console.print(headline, highlight=False, markup=False, soft_wrap=True, style="bold")
     console.print(f"normalization: {made.dataset.normalization}", highlight=False, markup=False, soft_wrap=True)
+    apart = f"{len(made.dataset.test_y):,} test samples, which were not read ({made.dataset.note})"
+    console.print(f"held back: {apart}", highlight=False, markup=False, soft_wrap=True)
     if made.dataset.features:
         console.print(f"columns: {', '.join(made.dataset.features)}", highlight=False, markup=False, soft_wrap=True)
     for note in made.notes:
@@ -272,6 +278,7 @@ def compare(
     from sylinit.comparison.api import METRICS, ComparisonResult
     from sylinit.comparison.data import few_shot, held_back, load
     from sylinit.comparison.experiment import Experiment
+    from sylinit.comparison.figures import plain
     from sylinit.comparison.forecast import forecast, measure
     from sylinit.comparison.initializations import INITIALIZATIONS, check_initialization
     from sylinit.comparison.models import build, check_model, fingerprint
@@ -304,7 +311,8 @@ def compare(
     store = Store(out / "results.jsonl")
     few = f"{shots} examples" + ("" if dataset.task == "regression" else " a class")
     console.print(
-        f"{model} on {data}: {few} ({dataset.classes} outputs), {epochs} epochs, {seeds} seeds; "
+        f"{model} on {data}: {few} ({dataset.classes} outputs), {epochs} epochs, "
+        f"{seeds} seed{'s' * (seeds > 1)}; "
         f"measured on {len(dataset.test_y):,} test samples ({dataset.note}).",
         highlight=False,
         soft_wrap=True,
@@ -330,7 +338,8 @@ def compare(
                 bar(done, total, what, left() if lacking else None)
 
             comparison = run_plan(plan, store, progress, start_worker=quiet)
-    result = ComparisonResult(tuple(rows(comparison)), f"{model}, {few}", METRICS[dataset.task])
+    title = ", ".join([plain(Path(data).name if Path(data).exists() else data), plain(model), few])
+    result = ComparisonResult(tuple(rows(comparison)), title, METRICS[dataset.task])
     console.print(str(result), highlight=False, markup=False, soft_wrap=True)
     _save_figures(result, out / f"{model.replace(':', '-')}-{shots}")
 

@@ -151,8 +151,9 @@ class Report:
         if self.offloaded_total:
             peak, total = (f"{size / 1e6:.0f} MB" for size in (self.offloaded_peak, self.offloaded_total))
             lines.append(f"note: at most {peak} of activations were offloaded at one time, {total} in all")
+        matrices = f"{len(done)} {'matrix' if len(done) == 1 else 'matrices'}"
         lines.append(
-            f"{len(done)} matrices from {self.samples} samples in {self.seconds:.2f} s "
+            f"{matrices} from {self.samples} samples in {self.seconds:.2f} s "
             f"({self.solve_seconds:.2f} s of it on layers, the rest running the model)"
         )
         if done:
@@ -204,11 +205,11 @@ class Report:
         place = range(len(done))
         figure = Figure(figsize=(7, 1.2 + 0.28 * max(1, len(done))), layout="constrained")
         errors, residuals = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
-        for values, label, colour, marker in (
+        for values, label, color, marker in (
             ([layer.encoding_error for layer in done], "encoding", "#0072B2", "o"),
             ([layer.decoding_error for layer in done], "decoding", "#D55E00", "s"),
         ):
-            errors.plot(values, place, marker, color=colour, label=label)
+            errors.plot(values, place, marker, color=color, label=label)
         errors.set(xlabel="error / energy of what is to be matched", ylim=(len(done) - 0.5, -0.5))
         errors.set_yticks(list(place), [f"{layer.name}  [{layer.code}]" for layer in done])
         errors.set_xlim(left=0)

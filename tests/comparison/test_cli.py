@@ -142,6 +142,16 @@ def test_tables_are_encoded_by_column_and_told_of(tmp_path: Path, capsys: pytest
     assert "did you mean 'color'" in err
 
 
+def test_a_table_with_semicolons_is_told_from_one_with_a_single_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        table.write_text("\n".join(f"{mark}".join(line.split(",")) for line in ["age,label", "1,0", "2,1"]))
+        called = call(capsys, "init", "mlp", "--data", table, "--out", tmp_path / "w")
+        assert_one_message(called, f"its columns are separated by {name}; write it with commas")
+
+
 def test_init_replaces_no_file_unless_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--out", "--report"):
         precious = tmp_path / f"precious{option}"
@@ -258,7 +268,7 @@ def test_compare_names_the_best_and_resumes(tmp_path: Path, capsys: pytest.Captu
     code, again, _ = call(capsys, *arguments)
     assert code == 0
     assert "8 are done" in again
-    table = "mlp, 3 examples"
+    table = "handwritten digits, MLP, 3 examples"
     assert again[again.index(table) :] == out[out.index(table) :]
     assert (tmp_path / "results.jsonl").read_text() == lines
 

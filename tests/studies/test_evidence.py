@@ -1,4 +1,4 @@
-"""Every figure with an interval in README and docs follows from committed results."""
+"""Every typed number with an interval in README and docs follows from committed results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import pytest
 
 from studies.precision import PRECISIONS
 from studies.presets import PRESETS
-from studies.race import race
 from studies.resume import as_run, in_precision
 from sylinit.comparison.experiment import Experiment
 from sylinit.comparison.initializations import INITIALIZATIONS
 from sylinit.comparison.plan import read
 from sylinit.comparison.store import Record, Store
-from sylinit.comparison.summary import Row, gap, rows
+from sylinit.comparison.summary import Row, gap
 
 pytestmark = pytest.mark.studies
 
@@ -28,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r"(?<![\d.])[+-]?\d+\.\d ± \d+\.\d(?!\d)")
 METRICS = ("before", "after", "area")
-FEW_LABELS = (("cifar10", "cnn"), ("cifar10", "resnet20"), ("fashion-mnist", "resnet20"), ("fashion-mnist", "cnn"))
-"""What the tables of docs/studies.md by examples a class are about, in order."""
+PAGES = ("README.md", "docs/design.md", "docs/method.md", "docs/studies.md")
+"""Pages with typed intervals; those of the results pages are made when the site is built."""
 
 
 def place(name: str, e: Experiment) -> tuple[Any, ...]:
@@ -97,7 +96,7 @@ def initialization_of(line: str) -> str:
     return label[1] if label and label[1] in INITIALIZATIONS else ""
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/method.md", "docs/studies.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_interval_follows_from_the_results(page: str, known: dict[str, set[str]]) -> None:
     wrong = [
         f"{page}:{number}: {figure} {name}".rstrip()
@@ -109,34 +108,6 @@ def test_every_interval_follows_from_the_results(page: str, known: dict[str, set
     assert not wrong, "not in the results:\n" + "\n".join(wrong)
 
 
-def test_the_tables_of_few_labels_are_the_results_and_mark_the_edges_of_the_grid() -> None:
-    store = Store(RESULTS / "study" / "fewshot.jsonl")
-    comparison = read(as_run(PRESETS["fewshot"].plan(False), store), store)
-    made = {(r.method.dataset, r.method.model, r.method.shots, r.label): r for r in rows(comparison)}
-    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| examples a class | 5")]
-    assert len(tables) == len(FEW_LABELS)
-    for task, (header, _, *lines) in zip(FEW_LABELS, tables, strict=True):
-        shots = [int(cell) for cell in header.strip("| ").split(" | ")[1:]]
-        for line in lines:
-            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-            if name.startswith("epochs to where the best other"):
-                for count, cell in zip(shots, cells, strict=True):
-                    raced = race([row for key, row in made.items() if key[:3] == (*task, count)])
-                    assert raced is not None
-                    epochs = raced.paces["sylinit"].epochs
-                    expected = "never" if epochs is None else f"{epochs:.1f} of {raced.best.method.epochs}"
-                    assert cell == expected, f"{task}, {count} a class, {name}: {cell} instead of {expected}"
-            if not name.startswith("`"):  # a gap, which the test above looks at, or epochs
-                continue
-            shown, metric = name.split("`")[1], "before" if "before" in name else "after"
-            for count, cell in zip(shots, cells, strict=True):
-                row = made.get((*task, count, shown))  # what was not run has an empty cell
-                edge = "*" if row and row.at_edge and metric == "after" else ""
-                expected = row.interval(metric).percent() + edge if row else ""
-                assert cell == expected, f"{task}, {count} a class, {name}: {cell} instead of {expected}"
-
-
 def test_there_are_figures_to_check() -> None:
-    found = [f for page in ("README.md", "docs/studies.md") for f in FIGURE.findall((ROOT / page).read_text("utf-8"))]
-    assert len(found) > 500
+    found = [figure for page in PAGES for figure in FIGURE.findall((ROOT / page).read_text("utf-8"))]
+    assert len(found) >= 10

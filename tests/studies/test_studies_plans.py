@@ -116,7 +116,7 @@ def test_a_panel_says_where_precision_differs() -> None:
     )
     plan = Plan(tuple({record.experiment.method for record in records}), grid=(0.1,))
     (panel,) = panels(PRESETS["fewshot"], Comparison(plan, records, {}))
-    assert panel.remarks == ("Trained in bfloat16 (5, 20) and float32 (50) (labelled examples a class).",)
+    assert panel.remarks == ("Trained in bfloat16 (5, 20) and float32 (50) (labeled examples a class).",)
     (panel,) = panels(PRESETS["fewshot"], Comparison(plan, records[:4], {}))
     assert panel.remarks == ()
 
@@ -220,7 +220,7 @@ def test_a_sweep_of_sylinit_alone_says_how_far_each_place_is_below_the_best() ->
     plan = Plan(tuple({each.experiment.method for each in records}), grid=(0.1,))
     (panel,) = panels(PRESETS["lambda"], Comparison(plan, tuple(records), {}))
     (fall,) = [grid for grid in panel.tables if "less each other" in grid.caption and "after" in grid.caption]
-    assert fall.caption.startswith("encoding_weight 1 less each other")
+    assert fall.caption.startswith("weight of encoding, λ 1 less each other")
     assert fall.cells == (("sylinit", "+20.0", "", "+10.0"),)
     shots = tuple(record(replace(TINY, initialization="sylinit", shots=n, lr=0.1), 0.01 * n) for n in (5, 20))
     (panel,) = panels(PRESETS["fewshot"], Comparison(plan, shots, {}))
@@ -254,8 +254,8 @@ def test_panels_name_initializations_at_an_edge_of_the_grid_and_lost_runs() -> N
     )
     (panel,) = panels(PRESETS["fewshot"], Comparison(plan, records, {}, edges))
     assert panel.remarks == (
-        "Best at the first or last learning rate of the grid (labelled examples a class): sylinit (5, 20); lsuv (5).",
-        "Runs that diverged and count as chance (labelled examples a class): lsuv (1 at 20).",
+        "Best at the first or last learning rate of the grid (labeled examples a class): sylinit (5, 20); lsuv (5).",
+        "Runs that diverged and count as chance (labeled examples a class): lsuv (1 at 20).",
     )
     others = tuple(r for r in records if (r.experiment.initialization, r.experiment.shots) == ("lsuv", 20))
     (panel,) = panels(PRESETS["scratch"], Comparison(plan, others, {}))

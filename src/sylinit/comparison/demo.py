@@ -241,7 +241,7 @@ def _panel(axes: Axes, finding: Finding) -> None:
         xlabel=f"training steps (bold: mean of {seeds} seeds, thin: each)",
         ylabel="test accuracy (%)",
         xlim=(0, steps),
-        ylim=(0, 109),
+        ylim=(0, 100),
     )
     axes.set_yticks(range(0, 101, 20))
     axes.set_title(finding.story.title, fontsize=11, loc="left")

@@ -17,7 +17,7 @@ from sklearn.isotonic import isotonic_regression
 from sylinit.comparison.statistics import Interval
 from sylinit.comparison.summary import Row, mean_curve, ranked
 
-OURS = ("#D55E00", "#E69F00", "#8C2D04", "#B8860B")
+OURS = ("#D55E00", "#E69F00", "#8C2D04", "#F28E72", "#C2185B", "#6B4A00")
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#7F3C8D", "#6B8E23", "#000000", "#9C9EDE")
 MARKERS = "osD^vP*Xh"
 LOOKS = {
@@ -33,6 +33,29 @@ LOOKS = {
     "pca-whitening-rescaled": 8,
 }
 """Place of each initialization among the colors and markers of its family."""
+
+PLAIN = {
+    "digits": "handwritten digits",
+    "cifar10": "CIFAR-10",
+    "fashion-mnist": "Fashion-MNIST",
+    "synthetic": "random data",
+    "mlp": "MLP",
+    "cnn": "CNN",
+    "fcn": "FCN",
+    "resnet18": "ResNet-18",
+    "resnet20": "ResNet-20",
+    "resnet56": "ResNet-56",
+    "resnet110": "ResNet-110",
+    "vit-tiny": "ViT-Tiny",
+    "sgd": "SGD",
+    "adamw": "AdamW",
+}
+"""Names of data, networks and optimizers on the command line, as people write them."""
+
+
+def plain(name: str) -> str:
+    """A name of the command line as titles show it; one that is not known, such as a path, stays as it is."""
+    return PLAIN.get(name, name)
 
 
 def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -151,18 +174,20 @@ def lines(
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str]], looks: Mapping[str, dict[str, Any]]) -> None:
-    """Write each label beside the right end of its line, pushed apart where lines end close together."""
+    """Write each label right of the axes at the height of its line's end, apart where lines end close together."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # the layout must be known
     point = axes.figure.dpi / 72
-    wanted = [(axes.transData.transform((x, y))[1] / point, x, y, label) for y, x, label in sorted(ends)]
+    wanted = [(axes.transData.transform((x, y))[1] / point, y, label) for y, x, label in sorted(ends)]
     # least squares over all heights at least 11 points apart: isotonic regression of what is left of the gaps
     gaps = 11.0 * np.arange(len(wanted))
     placed = isotonic_regression(np.array([height for height, *_ in wanted]) - gaps) + gaps
-    for p, (height, x, y, label) in zip(placed, wanted, strict=True):
+    lowest = axes.bbox.y0 / point + 6  # above the horizontal axis
+    for p, (height, y, label) in zip(np.maximum(placed, lowest + gaps), wanted, strict=True):
         axes.annotate(
             label,
-            (x, y),
-            xytext=(8, p - height - 3),
+            (1, y),
+            xytext=(4, p - height - 3),
+            xycoords=("axes fraction", "data"),
             textcoords="offset points",
             color=looks[label]["color"],
             fontsize=9,

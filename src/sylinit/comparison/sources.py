@@ -172,6 +172,10 @@ def _csv(path: Path, label: str | None, task: str) -> Raw:
         frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise SylinitError(f"--data {path}: cannot be read as CSV with a header line ({error})") from error
+    (header, *others) = map(str, frame.columns)
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if not others and mark in header:
+            raise SylinitError(f"--data {path}: its columns are separated by {name}; write it with commas between them")
     return _frames(frame, None, label, task, str(path))
 
 

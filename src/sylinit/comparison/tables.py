@@ -181,8 +181,8 @@ def features(train: pd.DataFrame, test: pd.DataFrame | None, where: str) -> Feat
             continue
         if missing := sum(int(part.isna().sum()) for part in parts):
             raise SylinitError(
-                f"--data {where}: column {name!r} has {missing} missing values; fill them, or drop the rows "
-                "or the column"
+                f"--data {where}: column {name!r} has {missing} missing value{'s' * (missing > 1)}; fill "
+                "them, or drop the rows or the column"
             )
         if pd.api.types.is_numeric_dtype(parts[0]):  # bool among them
             names.append(str(name))

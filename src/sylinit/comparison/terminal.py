@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -66,13 +66,14 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
     finally:
         timer.cancel()
         timer.join()
-        bar.stop()
+        if bar.live.is_started:  # it would end with an empty line
+            bar.stop()
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say what is going on until it has ended."""
-    with errors.status(what):
+    """Say what is going on until it has ended, where somebody sees it."""
+    with errors.status(what) if errors.is_terminal else nullcontext():
         yield
 
 
