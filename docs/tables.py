@@ -14,6 +14,7 @@ from typing import Any
 
 import command_line
 import study_tables
+import suite_tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from stored import (
@@ -224,13 +225,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "estimators": estimators,
     **study_tables.TABLES,
+    **suite_tables.TABLES,
 }
 """Each table, by the name of the file that pages include."""
 
 
 def numbers() -> dict[str, str]:
     """What pages say in words, as ``{{ name }}``."""
-    found = study_tables.numbers()
+    found = study_tables.numbers() | suite_tables.numbers()
     for data in DATA:
         for model in NETWORKS:
             for shots in SHOTS:
@@ -414,6 +416,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "fine-tuning": lambda: drawn(show_fine_tuning),
     "tasks": draw_tasks,
     **study_tables.FIGURES,
+    **suite_tables.FIGURES,
 }
 """Each figure, by the name of its file."""
 

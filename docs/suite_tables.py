@@ -1,0 +1,164 @@
+"""What the suite says: the tables, the figure and the numbers of "Is it ever worse?", from the stored runs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from statistics import fmean, median
+from typing import Any
+
+from matplotlib.figure import Figure
+from stored import RESULTS, markdown
+
+from studies.suite.methods import RANDOM
+from studies.suite.report import Comparison, Interval, Results, compare, differences, on_series, read
+from studies.suite.tasks import SECOND_LOOK
+from sylinit.comparison.figures import style
+
+FILES = ("suite_test.jsonl", "suite_second.jsonl")
+"""Runs with the defaults of today, measured on test sets."""
+
+WORDS = {
+    "own": "as the network comes",
+    "he": "He",
+    "xavier": "Xavier",
+    "orthogonal": "orthogonal",
+    "lsuv": "LSUV",
+    "pca-head": "PCA whitening, computed head",
+    "own-head": "own body, computed head",
+    "default": "sylinit",
+}
+"""Methods of the suite in a reader's words."""
+
+
+@functools.cache
+def results() -> Results:
+    """All of them."""
+    return Results(read([RESULTS / name for name in FILES]), test=True)
+
+
+@functools.cache
+def compared() -> list[Comparison]:
+    """The default beside the baselines on every task, those of the second look last."""
+    found = compare(results(), "default", "adamw")
+    return sorted(found, key=lambda one: one.task in second_look())
+
+
+def second_look() -> set[str]:
+    """The tasks that no choice has seen."""
+    return {f"{data}-{size}/{network}" for data, size, networks in SECOND_LOOK for network in networks.split()}
+
+
+def percent(value: float) -> str:
+    """A share, or R², in percent."""
+    return f"{100 * value:.1f}"
+
+
+def points(interval: Interval) -> str:
+    """A difference in points with its interval."""
+    return f"{100 * interval.mean:+.1f} ± {100 * interval.half:.1f}"
+
+
+def by_task() -> str:
+    """The default before and after training beside the best random start, task by task."""
+    body = [
+        [
+            f"`{one.task}`",
+            WORDS[one.best],
+            percent(one.best_after),
+            percent(one.before),
+            percent(one.after),
+            points(one.gain),
+        ]
+        for one in compared()
+    ]
+    heads = ["task", "best random start", "it ends at", "sylinit, no step", "sylinit, trained", "lead"]
+    return markdown(heads, body, words=2)
+
+
+def all_methods() -> str:
+    """Every method before and after training, task by task."""
+    body = []
+    for one in compared():
+        cells = []
+        for method in WORDS:
+            before, after = (results().values(one.task, method, "adamw", what) for what in ("before", "after"))
+            cells.append(f"{percent(fmean(before))} → {percent(fmean(after))}")
+        body.append([f"`{one.task}`", *cells])
+    return markdown(["task", *WORDS.values()], body)
+
+
+def against() -> str:
+    """The default after training over each baseline: mean over tasks, its standard error, and how often."""
+    body = []
+    for method in [name for name in WORDS if name != "default"]:
+        leads = [100 * lead(one, method) for one in compared()]
+        above, below = sum(each > 0.5 for each in leads), sum(each < -0.5 for each in leads)
+        error = (fmean([(each - fmean(leads)) ** 2 for each in leads]) / max(1, len(leads) - 1)) ** 0.5
+        body.append(
+            [WORDS[method], f"{fmean(leads):+.1f} ± {error:.1f}", f"{median(leads):+.1f}", str(above), str(below)]
+        )
+    return markdown(["sylinit's lead over", "mean", "median", "tasks above", "tasks below"], body)
+
+
+def lead(one: Comparison, method: str) -> float:
+    """What the default ends with over a method on one task."""
+    return one.after - fmean(results().values(one.task, method, "adamw", "after"))
+
+
+def numbers() -> dict[str, str]:
+    """What the page says in words."""
+    found = differences([one.gain for one in compared()])
+    whitened = differences([one.over_pca for one in compared() if one.over_pca])
+    own = [lead(one, "own") for one in compared()]
+    typical = [one.after - fmean(ends_of_random(one)) for one in compared()]
+    series: dict[str, Any] = on_series(results(), compared(), "adamw")
+    named = {
+        "tasks": str(found["tasks"]),
+        "above": str(sum(one.gain.mean > 0.005 for one in compared())),
+        "below": str(found["below by more than half a point"]),
+        "mean": f"{100 * found['mean']:+.1f}",
+        "worst": f"{100 * found['worst']:+.1f}",
+        "certainly_above": str(found["interval above zero"]),
+        "certainly_below": str(found["interval below zero"]),
+        "over_own": f"{100 * fmean(own):+.1f}",
+        "over_own_below": str(sum(each < -0.005 for each in own)),
+        "over_typical": f"{100 * fmean(typical):+.1f}",
+        "whitened_mean": f"{100 * whitened['mean']:+.1f}",
+        "whitened_worst": f"{100 * whitened['worst']:+.1f}",
+        "whitened_below": str(whitened["below by more than a point"]),
+        "nine_tenths": str(sum(one.before >= 0.9 * one.best_after for one in compared())),
+        "more": str(sum(one.before > one.best_after for one in compared())),
+        "steps": f"{100 * median([min(one.steps, 1.0) for one in compared()]):.0f}",
+        "never": str(sum(math.isinf(one.steps) for one in compared())),
+        "fcn": f"{100 * series['at least the trained FCN']:.0f}" if series["tasks"] else "",
+    }
+    look = [one.gain for one in compared() if one.task in second_look()]
+    named |= {"second": ", ".join(points(each) for each in look)}
+    return {f"suite_{name}": value for name, value in named.items()}
+
+
+def ends_of_random(one: Comparison) -> list[float]:
+    """Where each random start of a task ends."""
+    return [fmean(results().values(one.task, method, "adamw", "after")) for method in RANDOM]
+
+
+def draw() -> Figure:
+    """The lead over the best random start after training, task by task, with its interval."""
+    found = sorted(compared(), key=lambda one: one.gain.mean)
+    figure = Figure(figsize=(7, 0.26 * len(found) + 1), layout="constrained")
+    axes = figure.subplots()
+    places = list(range(len(found)))
+    means, halves = [100 * one.gain.mean for one in found], [100 * one.gain.half for one in found]
+    axes.errorbar(means, places, xerr=halves, fmt="none", ecolor="gray", capsize=2)
+    axes.plot(means, places, linestyle="none", **style(["sylinit"])["sylinit"])
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(places, [one.task + (" *" if one.task in second_look() else "") for one in found])
+    axes.set_xlabel("points over the best random start, after training")
+    axes.set_xlim(min(-12, *means) - 1, max(12, *means) + 1)
+    return figure
+
+
+TABLES: dict[str, Callable[[], str]] = {"suite-tasks": by_task, "suite-methods": all_methods, "suite-against": against}
+FIGURES: dict[str, Callable[[], Figure]] = {"suite": draw}
