@@ -68,6 +68,7 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
     equation = equation_of(problem, axes, cov, config)
     code, gram = equation.code, equation.gram
     cross = code.on_x.to(image) @ image.mT + (code.on_t @ cov.xt.mT).to(image)  # large: float32 from here on
+    cross *= equation.scale.to(image)
     right = (1 + encoding_weight) * cross
     solved = [
         solve_projected(
