@@ -386,11 +386,13 @@ class NormalizationSite:
         norm: Any = self.module
 
         def local() -> Tensor:
-            none = torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
-            return sum((norm_sums(norm, x) for x in waiting.values()), none)
+            if not waiting:
+                return torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
+            first, *others = (norm_sums(norm, x) for x in waiting.values())
+            return sum(others, first)
 
         sums = context.processes.sum_(context.processes.together(local))
-        if not bool(sums.isfinite().all()):
+        if not math.isfinite(sum(map(sum, sums.tolist()))):
             raise SylinitError(not_finite(self.name))
         return sums
 
@@ -400,10 +402,11 @@ class NormalizationSite:
         context.transaction.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
         reason = "running statistics"
-        if self.held and start_fresh(norm, context.config.norm_scale, context.config.norm_offset):
+        scale, offset = context.config.norm_scale, context.config.norm_offset
+        if self.held and start_fresh(norm, scale, offset):
             context.transaction.keep(norm.weight, norm.bias)
-            reason += f", weight {norm.weight[0]:g}, bias {norm.bias[0]:g}"
-        return LayerReport(self.name, self.kind, "recalibrated", reason, rows=int(sums[0, 0]))
+            reason += f", weight {scale:g}, bias {offset * scale if norm.bias.requires_grad else 0:g}"
+        return LayerReport(self.name, self.kind, "recalibrated", reason, rows=int(sums[0].tolist()[0]))
 
     def left_alone(self, reason: str) -> LayerReport:
         """A record that says why nothing was done."""

@@ -312,7 +312,7 @@ class _Line:
         return taps.reshape(groups, channels * first * math.prod(others), samples)
 
     def correlation(self, batch: _Batch) -> Tensor:
-        """``[offsets, g, channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
+        """``[offsets, g channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
         steps = (self._steps[0], *self._steps[2:])
         shift = sum(by * step for by, step in zip(batch.offset, steps, strict=True))
         here, count = self._strip(batch), batch.count
@@ -322,11 +322,11 @@ class _Line:
             left = self._line.as_strided((count, channels, number), (0, 1, step), first)
             strides = (batch.step * channels, step, 1)
             right = self._line.as_strided((count, number, channels), strides, first + shift * channels)
-            return torch.bmm(left, right).unsqueeze(1)
+            return torch.bmm(left, right)
         there = _Strip(here.start + shift, [*here.sizes, count], [*here.steps, batch.step])
         narrow = self._view(here).flatten(1, -2)
         wide = self._view(there).flatten(-2).flatten(1, -2)  # [g, u, offsets channels]
-        return torch.bmm(narrow.mT, wide).unflatten(2, (count, -1)).movedim(2, 0)
+        return torch.bmm(narrow.mT, wide).unflatten(2, (count, -1)).movedim(2, 0).flatten(1, 2)
 
     def _strip(self, batch: _Batch) -> _Strip:
         """Where a strip lies on the line, without the lines of the first axis that an offset takes off the images."""
