@@ -110,16 +110,6 @@ class TargetSpace:
         """Their number."""
         return len(self.deviations)
 
-    @property
-    def projector(self) -> Tensor:
-        """On their span, ``[c, c]``."""
-        return self.directions @ self.directions.T
-
-    @property
-    def inverse_root(self) -> Tensor:
-        """What whitens the target, symmetric, ``[c, c]``."""
-        return (self.directions / self.deviations) @ self.directions.T
-
 
 def target_space(covariance: Tensor, null_variance: float) -> TargetSpace:
     """Read the directions of a target off its covariance ``[c, c]``, without those of at most this share of variance.
@@ -142,8 +132,10 @@ def target_units(space: TargetSpace, count: int, generator: torch.Generator) -> 
     size = min(count, rank)
     blocks = math.ceil(count / size)
     draw = torch.randn(blocks, len(kept), size, dtype=torch.float64, generator=generator).to(kept)
-    directions = orthonormal(torch.bmm(space.projector.expand(blocks, -1, -1), draw))
-    return directions.mT.flatten(0, 1)[:count] @ space.inverse_root
+    across = kept.T
+    projector, inverse_root = kept @ across, (kept / space.deviations) @ across
+    directions = orthonormal(torch.bmm(projector.expand(blocks, -1, -1), draw))
+    return directions.mT.flatten(0, 1)[:count] @ inverse_root
 
 
 def few_directions(
@@ -241,7 +233,7 @@ def principal_and_label_units(
     is_label, labels = mixture.is_label.to(device), mixture.labels.to(device)
     directions = target_units(space, len(labels), generator)
     on_x = principal_units(axes, mixture.rank.to(device), mixture.last, generator, white=True)
-    on_x = on_x.masked_fill(is_label, 0) + few_directions(axes, units, label_share, space, generator, config)
+    on_x = torch.where(is_label, few_directions(axes, units, label_share, space, generator, config), on_x)
     on_t = on_x.new_zeros(groups * units, axes.tt.shape[-1]).index_copy_(0, labels, directions)
     return LinearCode(on_x, on_t.view(groups, units, -1))
 

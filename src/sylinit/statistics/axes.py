@@ -50,6 +50,6 @@ def principal_axes(cov: Covariance, null_variance: float) -> Axes:
     variances, basis = robust_eigh(cov.xx)
     variances, basis = variances.flip(1), basis.flip(2)
     basis = basis * signs(basis)
-    null = variances <= null_variance * variances[:, :1].clamp(min=0)
+    null = variances <= null_variance * variances[:, :1]
     xt = torch.bmm(basis.mT, cov.xt).masked_fill_(null.unsqueeze(2), 0)
     return Axes(basis, variances.masked_fill_(null, 0), xt, cov.tt)

@@ -201,8 +201,8 @@ class Covariance:
     @cached_property
     def sizes(self) -> Sizes:
         """What is looked at before anything is solved, on the host."""
-        variances = self.tt.diagonal(dim1=-2, dim2=-1).sum(-1)
-        means = torch.linalg.vector_norm(self.mean_t, dim=-1)
+        variances = self.tt.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        means = torch.linalg.vector_norm(self.mean_t, dim=-1, keepdim=True)
         rows, *others = torch.cat([self.variance.sum(0, True), variances.flatten(), means.flatten()]).tolist()
         half = len(others) // 2
         return Sizes(rows, others[:half], [mean**2 for mean in others[half:]])
