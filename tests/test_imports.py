@@ -110,3 +110,14 @@ def test_a_call_loads_neither_pytorchs_compiler_nor_scientific_packages():
     loaded = set(done.stdout.split())
     assert "sylinit.initialize" in loaded
     assert loaded.isdisjoint({"torch._dynamo", "sympy", "scipy", "sklearn", "matplotlib", "pandas"})
+
+
+def test_the_library_imports_nothing_beside_torch_and_the_standard_library() -> None:
+    """Nor any part of torch that `import torch` has not brought: what costs time is imported where it is used."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import sylinit; "
+        "print(*{m if m.startswith('torch.') else m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "sylinit" in done.stdout.split()
+    assert set(done.stdout.split()) - {"sylinit"} <= set(sys.stdlib_module_names)

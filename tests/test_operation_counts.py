@@ -81,10 +81,10 @@ class ViT(nn.Module):
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]], int]] = {
-    "resnet": (resnet, lambda: images(40, size=16), 870),
-    "mlp": (mlp, lambda: vectors(300, 64), 470),
-    "vit": (ViT, lambda: images(40, size=16), 490),
-    "depthwise": (lambda: depthwise(192), images, 560),
+    "resnet": (resnet, lambda: images(40, size=16), 490),
+    "mlp": (mlp, lambda: vectors(300, 64), 250),
+    "vit": (ViT, lambda: images(40, size=16), 275),
+    "depthwise": (lambda: depthwise(192), images, 360),
 }
 """Each with the most operations that it may take for a matrix."""
 

@@ -53,20 +53,18 @@ def linear_code(
     return result
 
 
-def whitening(variances: Tensor) -> Tensor:
-    """``1 / sqrt(variance)`` on each axis, zero on null axes."""
-    return torch.where(variances > 0, variances.clamp(min=torch.finfo(variances.dtype).tiny).rsqrt(), 0)
-
-
 def mixtures(axes: Axes, count: int, generator: torch.Generator) -> Tensor:
     """``count`` random mixtures of the whitened axes that carry data, ``[g, count, r]``, each of variance one.
 
     The draw depends on the data's rank only, so it is the same whether null axes were dropped or not.
     """
-    alive = axes.variances > 0
-    rows = orthogonal_rows(count, int(alive.sum(1).max()), generator, axes.variances)
-    rows = torch.nn.functional.pad(rows, (0, alive.shape[1] - rows.shape[1])) * alive.unsqueeze(1)
-    return torch.nn.functional.normalize(rows, dim=2) * whitening(axes.variances).unsqueeze(1)
+    rank, dim = max(axes.ranks), axes.variances.shape[1]
+    rows = orthogonal_rows(count, rank, generator, axes.variances)
+    if rank < dim:
+        rows = torch.nn.functional.pad(rows, (0, dim - rank))
+    if min(axes.ranks) < rank:
+        rows = torch.nn.functional.normalize(rows * (axes.variances > 0).unsqueeze(1), dim=2)
+    return rows * axes.whitening.unsqueeze(1)
 
 
 def principal_units(axes: Axes, rank: Tensor, last: int, generator: torch.Generator, *, white: bool = False) -> Tensor:
@@ -80,15 +78,18 @@ def principal_units(axes: Axes, rank: Tensor, last: int, generator: torch.Genera
         white: scale every unit to variance one; else an axis keeps its variance, and a mixture gets the largest.
     """
     groups, dim = axes.variances.shape
-    alive = (axes.variances > 0).sum(1, keepdim=True)
-    place = rank.clamp(max=dim - 1)
-    size = whitening(axes.variances).gather(1, place) if white else torch.ones_like(place, dtype=axes.variances.dtype)
-    component = size.new_zeros(groups, rank.shape[1], dim).scatter_(2, place.unsqueeze(2), size.unsqueeze(2))
-    if last < int(alive.min()):
+    place = rank if last < dim else rank.clamp(max=dim - 1)
+    component = axes.variances.new_zeros(groups, rank.shape[1], dim)
+    if white:
+        component.scatter_(2, place.unsqueeze(2), axes.whitening.gather(1, place).unsqueeze(2))
+    else:
+        component.scatter_(2, place.unsqueeze(2), 1.0)
+    if last < min(axes.ranks):
         return component
     mixture = mixtures(axes, last + 1, generator).take_along_dim(rank.unsqueeze(2), 1)
     if not white:
         mixture = mixture * axes.variances[:, :1, None].sqrt()
+    alive = (axes.variances > 0).sum(1, keepdim=True)
     return torch.where((rank < alive).unsqueeze(2), component, mixture)
 
 
@@ -129,13 +130,16 @@ def target_units(space: TargetSpace, count: int, generator: torch.Generator) -> 
     if not rank or not count:
         return kept.new_zeros(count, len(kept))
     size = min(count, rank)
-    draw = torch.randn(math.ceil(count / size), len(kept), size, dtype=torch.float64, generator=generator).to(kept)
-    blocks = orthonormal(kept @ (kept.T @ draw))
-    return blocks.mT.flatten(0, 1)[:count] @ ((kept / space.deviations) @ kept.T)
+    blocks = math.ceil(count / size)
+    draw = torch.randn(blocks, len(kept), size, dtype=torch.float64, generator=generator).to(kept)
+    across = kept.T
+    projector, inverse_root = kept @ across, (kept / space.deviations) @ across
+    directions = orthonormal(torch.bmm(projector.expand(blocks, -1, -1), draw))
+    return directions.mT.flatten(0, 1)[:count] @ inverse_root
 
 
 def few_directions(
-    axes: Axes, is_label: Tensor, space: TargetSpace, generator: torch.Generator, config: Config
+    axes: Axes, units: int, label_share: float, space: TargetSpace, generator: torch.Generator, config: Config
 ) -> Tensor:
     """What keeps label units from repeating where the classes are few, ``[g, k, r]``, or a zero.
 
@@ -143,16 +147,18 @@ def few_directions(
 
     Args:
         axes: the layer's statistics.
-        is_label: ``[g, k]`` on the CPU, which units are label units.
+        units: k.
+        label_share: of them, how many are label units.
         space: of the target.
         generator: for the mixtures.
         config: the constants of the method.
     """
-    repeats = is_label & (is_label.flatten().cumsum(0).view_as(is_label) > space.rank)
-    if space.rank >= config.few_directions or not bool(repeats.any()):
+    groups, repeat = len(axes.variances), None
+    if space.rank < config.few_directions:
+        repeat = repeats(groups, units, label_share, space.rank)
+    if repeat is None:
         return axes.variances.new_zeros(())
-    others = ~repeats.unsqueeze(2).to(axes.variances.device)
-    return mixtures(axes, is_label.shape[1], generator).masked_fill(others, 0)
+    return mixtures(axes, units, generator) * repeat.to(axes.variances.device)
 
 
 @register_code("pca", needs="moments", leading=1.0)
@@ -170,8 +176,7 @@ def label(axes: Axes, units: int, generator: torch.Generator, config: Config) ->
     groups, dim = axes.variances.shape
     space = target_space(axes.tt, config.null_variance)
     on_t = target_units(space, groups * units, generator).view(groups, units, -1)
-    is_label = torch.ones(groups, units, dtype=torch.bool)
-    on_x = few_directions(axes, is_label, space, generator, config)
+    on_x = few_directions(axes, units, 1.0, space, generator, config)
     return LinearCode(on_x.expand(groups, units, dim), on_t)
 
 
@@ -180,7 +185,7 @@ class Mixture:
     """Which units of a mixed code are label units; tensors on the CPU.
 
     Attributes:
-        is_label: ``[g, k]``.
+        is_label: ``[g, k, 1]``.
         labels: ``[m]``, the places of the label units among all units.
         rank: ``[g, k]``, which principal component each of the others is.
         last: the largest of these.
@@ -204,7 +209,18 @@ def mixture_of(groups: int, units: int, label_share: float) -> Mixture:
         passes = running.diff() > 0
         is_label = passes.view(groups, units)
         rank = (~is_label).long().cumsum(1).sub(1).clamp(min=0)
-        return Mixture(is_label, passes.nonzero().squeeze(1), rank, int(rank.max()) if rank.numel() else -1)
+        return Mixture(
+            is_label.unsqueeze(2), passes.nonzero().squeeze(1), rank, int(rank.max()) if rank.numel() else -1
+        )
+
+
+@lru_cache(maxsize=256)
+def repeats(groups: int, units: int, label_share: float, rank: int) -> Tensor | None:
+    """Which units are label units beyond the first ``rank`` of them, ``[g, k, 1]`` of ones and zeros; None if none."""
+    with torch.device("cpu"):
+        is_label = mixture_of(groups, units, label_share).is_label
+        found = is_label & (is_label.flatten().cumsum(0).view_as(is_label) > rank)
+        return found.double() if bool(found.any()) else None
 
 
 @register_code("mixed", needs="moments", labels=True, fallback="pca", leading=lambda label_share: 1 - label_share)
@@ -217,8 +233,7 @@ def principal_and_label_units(
     is_label, labels = mixture.is_label.to(device), mixture.labels.to(device)
     directions = target_units(space, len(labels), generator)
     on_x = principal_units(axes, mixture.rank.to(device), mixture.last, generator, white=True)
-    on_x = on_x.masked_fill(is_label.unsqueeze(2), 0)
-    on_x = on_x + few_directions(axes, mixture.is_label, space, generator, config)
+    on_x = torch.where(is_label, few_directions(axes, units, label_share, space, generator, config), on_x)
     on_t = on_x.new_zeros(groups * units, axes.tt.shape[-1]).index_copy_(0, labels, directions)
     return LinearCode(on_x, on_t.view(groups, units, -1))
 
@@ -246,7 +261,7 @@ def lda(axes: Axes, units: int, generator: torch.Generator, config: Config) -> L
 
     Source: Fisher, *The use of multiple measurements in taxonomic problems*, 1936.
     """
-    white = whitening(axes.variances)
+    white = axes.whitening
     # In white axes within + between = I, so the discriminants are the left singular vectors of the cross-covariance.
     space = target_space(axes.tt, config.null_variance)
     cross = white.unsqueeze(2) * axes.xt @ (space.directions / space.deviations)

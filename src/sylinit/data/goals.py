@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Goal:
     share: Tensor
     present: Tensor
 
+    @cached_property
+    def gaps(self) -> bool:
+        """Whether any target of this process is missing."""
+        return any(bool(vectors.isnan().any()) for vectors in self.vectors)
+
     def of_part(self, targets: tuple[Tensor, ...], vectors: tuple[Tensor, ...], processes: Processes) -> Goal:
         """The same of some of the samples, whose targets and vectors these are."""
         mean, share = _mean(vectors, processes)
@@ -50,6 +56,8 @@ class Goal:
         if not self.task.classes:
             return self.vectors, self.mean, None
         classes = max(2, units)
+        if classes == self.task.classes <= EMBEDDED:
+            return self.vectors, self.mean, None
         chosen = None if classes <= EMBEDDED else self.present
         columns = torch.arange(classes, device=self.present.device) if chosen is None else chosen
         vectors = tuple(_one_hot(target, columns) for target in self.targets)

@@ -38,14 +38,18 @@ def norm_sums(module: Any, x: Tensor) -> Tensor:
     rows = _batched(module, x)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     count = rows.numel() / module.num_features
-    each = rows.reshape(*rows.shape[:2], -1)
-    total = each.sum(2).double().sum(0)
-    squares = torch.linalg.vector_norm(each, dim=2).double().square().sum(0)
-    if bool((1.01 * total.square() > count * squares).any()):
+    total, length = rows, rows
+    if rows.ndim > 2:
+        each = rows.flatten(2)
+        total, length = each.sum(2), torch.linalg.vector_norm(each, dim=2)
+    total, squares = total.sum(0, dtype=torch.float64), length.double().square().sum(0)
+    sums = torch.stack([torch.full_like(total, count), total, squares])
+    _, totals, energies = sums.tolist()
+    if any(1.01 * total**2 > count * energy for total, energy in zip(totals, energies, strict=True)):
         # A mean ten deviations from zero: float32 squares would lose the variance. Slower, this accumulates in double.
         mean, variance = (part.double() for part in torch.batch_norm_update_stats(rows, None, None, 0.0))
-        total, squares = mean * count, (variance + mean.square()) * count
-    return torch.stack([torch.full_like(total, count), total, squares])
+        sums[1], sums[2] = mean * count, (variance + mean.square()) * count
+    return sums
 
 
 def _batched(module: nn.Module, x: Tensor) -> Tensor:
@@ -59,9 +63,9 @@ def write_statistics(module: Any, sums: Tensor) -> None:
     """Set the running mean and (unbiased) variance of a normalization layer to those of the pooled sums."""
     count, total, squares = sums
     mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+    variance = torch.addcmul(squares, total, mean, value=-1).clamp_(min=0)
     module.running_mean.copy_(mean)
-    module.running_var.copy_(variance)
+    module.running_var.copy_(variance.div_((count - 1).clamp_(min=1)))
 
 
 @torch.no_grad()
@@ -77,7 +81,10 @@ def start_fresh(module: Any, scale: float, offset: float) -> bool:
         Whether it was; one that has been trained, frozen or started otherwise (at zero, say) is left as it is.
     """
     weight, bias = module.weight, module.bias
-    if weight is None or not weight.requires_grad or bool((weight != 1).any() | (bias != 0).any()):
+    if weight is None or not weight.requires_grad:
+        return False
+    weights, biases = torch.stack([weight, bias]).tolist()
+    if any(value != 1 for value in weights) or any(biases):
         return False
     weight.fill_(scale)
     if bias.requires_grad:

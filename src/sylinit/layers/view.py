@@ -135,7 +135,9 @@ class LayerView:
     def changed(self, x: Any, other: Any) -> Tensor:
         """Which rows differ between two inputs of one shape: bool, one dimension for each of those of `positions`."""
         samples, positions = self.positions(x)
-        return (self.rows(x) != self.rows(other)).any(2).any(0).view(samples, *positions)
+        if isinstance(x, Tensor) and x.shape[:-1] == (samples, *positions):  # a row at each
+            return (x != other).any(-1)
+        return (self.rows(x) != self.rows(other)).any((0, 2)).view(samples, *positions)
 
     def outputs(self, y: Any, index: Tensor) -> Tensor:
         """What the module gave for some rows, ``[g, n, k]``: the counterpart of `rows` in its output.

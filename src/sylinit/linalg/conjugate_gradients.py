@@ -50,4 +50,4 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """``x / y``, 0 where ``y`` is: a row that is solved stays as it is."""
-    return torch.where(y > 0, x / y, 0)
+    return (x / y).masked_fill_(y <= 0, 0)

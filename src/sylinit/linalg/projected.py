@@ -69,51 +69,52 @@ def solve_projected(
     Returns:
         The solution in the dtype of ``c``, and its true residual.
     """
-    sizes = torch.stack([a.diagonal().mean().double(), covariance.diagonal().mean().double(), c.norm().double()])
-    size_a, size_b, norm = sizes.tolist()
-    unit = size_a + encoding_weight * size_b or 1.0  # small things are divided by it, to stay clear of float32's limits
-    norm, scale = norm or 1.0, encoding_weight / unit  # lambda Cov / unit = scale Cov
+    a, u = robust_eigh(a.double())
+    *values, norm, total = torch.cat([a, c.norm().double().view(1), subspace.total.view(1)]).tolist()
+    unit = sum(values) / len(c) + encoding_weight * total / len(covariance) or 1.0
+    norm = norm or 1.0
+    a, scale = a / unit, encoding_weight / unit  # small things are divided by it, to stay clear of float32's limits
     limit = 0.1 * tolerance * len(c) ** -0.5  # a row's part of a residual well below the tolerance
 
-    a, u = robust_eigh(a.double() / unit)
     turn = u.float()
     remainder = turn.T @ (c / norm).float()
-    share = remainder.norm(dim=1, keepdim=True)
-    right = remainder * (share > limit)  # a code of low rank leaves nothing to solve for in the null space of A
-    ignored = remainder - right
+    share = remainder.norm(dim=1)
+    right = remainder.masked_fill((share <= limit).unsqueeze(1), 0)  # A of low rank has a null space: nothing to solve
 
-    b, q = covariance.float(), subspace.basis
-    inside = pair_inverse(a, subspace.variances * scale).float()
-    outside = pair_inverse(a, subspace.rest.view(1) * scale).float()
-    start, stop = _shared_system(a.tolist())
+    b, q, across = covariance.float(), subspace.basis, subspace.basis.T
+    known = torch.cat([subspace.variances, subspace.rest.view(1)]).mul_(scale)
+    inside, outside = pair_inverse(a, known).float().split([len(known) - 1, 1], 1)
+    start, stop = _shared_system(values)
     a = a.float().unsqueeze(1)
-    w = (inside * (right @ q)) @ q.T
+    w = (inside * (right @ q)) @ across
     if shared_factor_inputs * (stop - start) > len(b):
-        together = _factorized(b, float(a[start:stop].mean()) / scale, right[start:stop] / scale)
+        level = sum(values[start:stop]) / (stop - start) / encoding_weight
+        together = _factorized(b, level, right[start:stop] / scale)
         if together is not None:
             w[start:stop] = together
-    r = torch.addmm(right - a * w, w, b, alpha=-scale)
+    r = torch.addcmul(right, a, w, value=-1).addmm_(w, b, alpha=-scale)
 
-    lengths = r.norm(dim=1).tolist()
+    shares, lengths = torch.stack([share, r.norm(dim=1)]).tolist()
     left = [row for row, length in enumerate(lengths) if length > 5 * limit]
     steps = 0
     if left:
-        done = math.hypot(float(ignored.norm()), *(length for length in lengths if length <= 5 * limit))
+        settled = [length for length in lengths if length <= 5 * limit]
+        done = math.hypot(*settled, *(length for length in shares if length <= limit))
         rows = torch.tensor(left, device=w.device)
-        a, inside, outside = a[rows], inside[rows], outside[rows]
+        a, inside, outside = (part.index_select(0, rows) for part in (a, inside, outside))
         inside = inside - outside
 
         def apply(x: Tensor) -> Tensor:
             return torch.add(a * x, (b @ x.mT).mT, alpha=scale)  # in this order faster for few rows
 
         def precondition(x: Tensor) -> Tensor:
-            return torch.addmm(outside * x, inside * (x @ q), q.T)
+            return torch.addmm(outside * x, inside * (x @ q), across)
 
         def finished(x: Tensor) -> bool:
             return math.hypot(done, float(x.norm())) <= tolerance
 
         w[rows], r[rows], steps = conjugate_gradients(apply, precondition, w[rows], r[rows], finished, max_steps)
-    weight, left_over = (turn @ torch.stack([w, r + ignored])).to(c.dtype).unbind()
+    weight, left_over = (turn @ torch.cat([w, r + (remainder - right)], 1)).to(c.dtype).chunk(2, 1)
     return Approximation(weight * (norm / unit), left_over * norm, left_over.norm().double(), steps)
 
 
@@ -132,5 +133,4 @@ def _factorized(b: Tensor, a: float, right: Tensor) -> Tensor | None:
     diagonal.copy_(kept)
     if bool(failed):
         return None
-    half = torch.linalg.solve_triangular(factor, right.mT, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+    return torch.cholesky_solve(right.mT, factor).mT

@@ -58,12 +58,14 @@ class Subspace:
         variances: that diagonal, ``[r]``, descending, float64.
         image: ``Cov Q``, ``[d, r]``, float32.
         rest: the mean variance of a direction outside, a float64 scalar.
+        total: the trace of ``Cov``, a float64 scalar.
     """
 
     basis: Tensor
     variances: Tensor
     image: Tensor
     rest: Tensor
+    total: Tensor
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def principal_subspace(covariance: Tensor, rank: int, generator: torch.Generator
     basis, image = basis @ turn, image @ turn
     rest = (total - variances.sum()).clamp(min=0) / max(1, dim - len(variances))
     sign = signs(basis)
-    return Subspace(basis * sign, variances, image * sign, rest)
+    return Subspace(basis * sign, variances, image * sign, rest, total)
 
 
 SPARSITY = 4

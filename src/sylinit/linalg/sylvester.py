@@ -147,32 +147,14 @@ def _mixed_precision(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor] |
     return u @ w, torch.full_like(norm, c.shape[-2] * c.shape[-1], dtype=torch.long)
 
 
-def solve_diagonal(a: Tensor, b: Tensor, c: Tensor, span: Tensor | None = None) -> Tensor:
-    """Solve ``A W + W diag(b) = C``, for use in principal axes.
-
-    Args:
-        a: ``[..., k, k]``, symmetric positive semidefinite.
-        b: ``[..., d]``.
-        c: ``[..., k, d]``.
-        span: ``[..., k, m]``, orthonormal columns that span those of A and C, where they are fewer than k: only m x m
-            is decomposed.
-
-    Returns:
-        ``W``, ``[..., k, d]``.
-    """
-    if span is not None:
-        return span @ solve_diagonal(span.mT @ a @ span, b, span.mT @ c)
-    values, u = robust_eigh(a)
-    return u @ (pair_inverse(values, b) * (u.mT @ c))
-
-
 def pair_inverse(a: Tensor, b: Tensor, rtol: float | None = None) -> Tensor:
     """``1 / (a_i + b_j)``, ``[..., k, d]``, and 0 where the sum is numerically zero: below ``rtol`` of the largest."""
     total = a.unsqueeze(-1) + b.unsqueeze(-2)
     limits = torch.finfo(total.dtype)
     rtol = max(total.shape[-2:]) * limits.eps if rtol is None else rtol
-    regular = total.abs() > (rtol * total.abs().amax((-2, -1), keepdim=True)).clamp(min=limits.tiny)
-    return torch.where(regular, 1 / torch.where(regular, total, 1), 0)
+    size = total.abs()
+    zero = size <= (rtol * size.amax((-2, -1), keepdim=True)).clamp(min=limits.tiny)
+    return total.reciprocal_().masked_fill_(zero, 0)
 
 
 def objective(weight: Tensor, x: Tensor, s: Tensor, encoding_weight: float = 1.0) -> Tensor:

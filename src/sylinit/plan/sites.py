@@ -5,6 +5,7 @@ A site computes itself: ``rows = collect(...)``, ``fit = solve(...)``, ``fit = r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from sylinit.solvers.scaling import rescale
 from sylinit.solvers.solve import solve
 from sylinit.solvers.standardize import standardized
 from sylinit.statistics.alignment import Layout
-from sylinit.statistics.rows import Known, Rows, collect, not_finite, require_finite
+from sylinit.statistics.rows import ALL, Known, Rows, collect, not_finite, require_finite
 
 
 @dataclass(frozen=True)
@@ -200,17 +201,17 @@ class MatrixSite:
         """What is known of the samples, and which of a wide head's outputs are fitted (None: all)."""
         data, outputs = context.data, None
         known = Known(masks=context.positions.get(self.name, data.masks), sizes=data.sizes)
-        share = torch.ones(())
+        share, gaps = ALL, True
         if self.code.values is not None:
             vectors, mean = data.given(self.code.values)
         elif self.goal is None:
             return known, None
         elif self.is_head:
             vectors, mean, outputs = self.goal.of_head(self.view.units, data.processes)
-            share = share if self.goal.task.classes else self.goal.share
+            share, gaps = ALL if self.goal.task.classes else self.goal.share, self.goal.gaps
         else:
-            vectors, mean = self.goal.vectors, self.goal.mean
-        return replace(known, vectors=vectors, mean=mean, share=share, labeled_only=self.is_head), outputs
+            vectors, mean, gaps = self.goal.vectors, self.goal.mean, self.goal.gaps
+        return replace(known, vectors=vectors, mean=mean, share=share, labeled_only=self.is_head, gaps=gaps), outputs
 
     def _collect(self, waiting: dict[int, Any], known: Known, seed: int, context: Context) -> Rows | None:
         """The rows to read."""
@@ -291,18 +292,22 @@ class MatrixSite:
         view, alive = self.view, fit.alive
         assert fit.bias is not None
         assert fit.dead is not None
-        if not bool(alive.any()):
-            return self.left_alone("its input is constant on the calibration data")
+        assert fit.rank is not None
         weight, bias = fit.weight, fit.bias
-        if not bool(alive.all()):
-            kept = f"{int((~alive).sum())} of {view.groups} groups have a constant input and keep their weights"
+        counts = [alive.sum(dtype=torch.float64), fit.dead.sum(dtype=torch.float64), fit.rank]
+        groups, dead, rank, *sizes = torch.stack([*counts, *_largest(weight, bias)]).tolist()
+        if not groups:
+            return self.left_alone("its input is constant on the calibration data")
+        if groups < view.groups:
+            kept = f"{view.groups - int(groups)} of {view.groups} groups have a constant input and keep their weights"
             record = replace(record, reason=kept)
             old = view.bias()
             weight = torch.where(alive.view(-1, 1, 1), weight, view.weight().to(weight))
             bias = bias if old is None else torch.where(alive.view(-1, 1), bias, old.to(bias))
+            sizes = torch.stack(_largest(weight, bias)).tolist()
         context.processes.broadcast_(weight := weight.contiguous())
         context.processes.broadcast_(bias := bias.contiguous())
-        _require_representable(self.name, view, weight, bias)
+        _require_representable(self.name, view, sizes)
         context.transaction.keep(*view.parameters)
         try:
             view.write(weight, bias if view.has_bias else None)
@@ -314,11 +319,11 @@ class MatrixSite:
             reason="; ".join(filter(None, (record.reason, fit.note))),
             solver=fit.solver,
             encoding_weight=fit.encoding_weight,
-            rank=fit.rank,
+            rank=int(rank),
             residual=fit.residual,
             encoding_error=fit.encoding_error,
             decoding_error=fit.decoding_error,
-            dead_units=float(fit.dead.double().mean()),
+            dead_units=dead / fit.dead.numel(),
         )
 
     def _require_own_parameters(self) -> None:
@@ -381,11 +386,13 @@ class NormalizationSite:
         norm: Any = self.module
 
         def local() -> Tensor:
-            none = torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
-            return sum((norm_sums(norm, x) for x in waiting.values()), none)
+            if not waiting:
+                return torch.zeros(3, norm.num_features, dtype=torch.float64, device=self.device)
+            first, *others = (norm_sums(norm, x) for x in waiting.values())
+            return sum(others, first)
 
         sums = context.processes.sum_(context.processes.together(local))
-        if not bool(sums.isfinite().all()):
+        if not math.isfinite(sum(map(sum, sums.tolist()))):
             raise SylinitError(not_finite(self.name))
         return sums
 
@@ -395,10 +402,11 @@ class NormalizationSite:
         context.transaction.keep(norm.running_mean, norm.running_var)
         write_statistics(norm, sums)
         reason = "running statistics"
-        if self.held and start_fresh(norm, context.config.norm_scale, context.config.norm_offset):
+        scale, offset = context.config.norm_scale, context.config.norm_offset
+        if self.held and start_fresh(norm, scale, offset):
             context.transaction.keep(norm.weight, norm.bias)
-            reason += f", weight {norm.weight[0]:g}, bias {norm.bias[0]:g}"
-        return LayerReport(self.name, self.kind, "recalibrated", reason, rows=int(sums[0, 0]))
+            reason += f", weight {scale:g}, bias {offset * scale if norm.bias.requires_grad else 0:g}"
+        return LayerReport(self.name, self.kind, "recalibrated", reason, rows=int(sums[0].tolist()[0]))
 
     def left_alone(self, reason: str) -> LayerReport:
         """A record that says why nothing was done."""
@@ -446,13 +454,18 @@ def _row_budget(dim: int, needs: str, total: int, share_for_all: float | None, c
     return budget
 
 
-def _require_representable(name: str, view: LayerView, weight: Tensor, bias: Tensor) -> None:
-    """Refuse numbers that the parameters' dtype cannot hold."""
+def _largest(*tensors: Tensor) -> list[Tensor]:
+    """The largest absolute number of each; NaN or infinite where any is."""
+    return [torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors]
+
+
+def _require_representable(name: str, view: LayerView, sizes: list[float]) -> None:
+    """Refuse numbers that the parameters' dtype cannot hold; ``sizes``: the largest of weight and bias."""
     largest = torch.finfo(view.parameters[0].dtype).max
-    size = torch.stack([weight.abs().amax(), bias.abs().amax()]).amax()
-    if not bool(size <= largest):
+    if not all(size <= largest for size in sizes):
+        size = max(sizes)
         kind = str(view.parameters[0].dtype).removeprefix("torch.")
         raise SylinitError(
-            f"layer {name!r}: its new weights reach {float(size):.1e}, more than {kind} holds ({largest:.1e}); its "
+            f"layer {name!r}: its new weights reach {size:.1e}, more than {kind} holds ({largest:.1e}); its "
             "inputs are very small: scale the data, or initialize in float32 and convert the model afterwards"
         )

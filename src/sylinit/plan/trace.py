@@ -261,7 +261,8 @@ class _Inputs:
         for view in views:
             if view.name not in self.inputs:
                 x = view.traced_input(args, kwargs, output)
-                self.inputs[view.name] = view, map_leaves(x, lambda t: t.detach().clone())
+                with torch.no_grad():
+                    self.inputs[view.name] = view, map_leaves(x, torch.clone)
 
 
 class _Watch(_Inputs):

@@ -145,13 +145,10 @@ class _Parts:
                 now.update(held)
 
 
+@torch.no_grad()
 def _copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Tensors beside what they hold now."""
-    return [
-        (tensor, _memory(tensor).detach().clone())
-        for tensor in tensors
-        if not isinstance(tensor, UninitializedTensorMixin)
-    ]
+    return [(tensor, _memory(tensor).clone()) for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
 
 
 def _restore(copies: Iterable[tuple[Tensor, Tensor]], kept: Mapping[int, Tensor]) -> None:
@@ -160,12 +157,19 @@ def _restore(copies: Iterable[tuple[Tensor, Tensor]], kept: Mapping[int, Tensor]
     for tensor in kept.values():
         if (place := _place(tensor)) is not None:
             results.setdefault(place[0], []).append(place[1])
+    together: list[tuple[Tensor, Tensor]] = []
     for tensor, before in copies:
         place = _place(tensor)
         shared = place is not None and any(_overlap(place[1], other) for other in results.get(place[0], ()))
-        if id(tensor) not in kept and not shared:
+        if id(tensor) in kept or shared:
+            continue
+        if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference():
+            together.append((_memory(tensor), before))
+        else:
             with torch.inference_mode(tensor.is_inference()):
                 _memory(tensor).copy_(before)
+    if together:
+        torch._foreach_copy_([tensor for tensor, _ in together], [before for _, before in together])
 
 
 def _place(tensor: Tensor) -> tuple[int, range] | None:
@@ -251,7 +255,6 @@ def _memory(tensor: Tensor) -> Tensor:
     """Every number of a tensor once: `expand` shows the same memory many times, into which nothing can be copied."""
     if tensor.layout is not torch.strided:
         return tensor
-    tensor = tensor.detach()
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)

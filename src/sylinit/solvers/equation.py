@@ -11,7 +11,7 @@ from sylinit.codes.linear import LinearCode, linear_code
 from sylinit.config import Config
 from sylinit.linalg.cross_validation import least_error_weight
 from sylinit.linalg.eigh import robust_eigh
-from sylinit.linalg.sylvester import solve_diagonal
+from sylinit.linalg.sylvester import pair_inverse
 from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
 from sylinit.statistics.axes import Axes
@@ -22,10 +22,11 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class Equation:
-    """A layer's code, scaled to the root mean square of its rows, and the matrices that are made of it.
+    """A layer's code and the matrices that are made of it, once it is scaled to the root mean square of the rows.
 
     Attributes:
-        code: the code in principal axes.
+        code: the code in principal axes, before it is scaled.
+        scale: its factor, ``[g, 1, 1]``.
         gram: ``A = S S^T / n``, ``[g, k, k]``.
         cross: ``S X'^T / n`` in principal axes, ``[g, k, r]``.
         units: where there are more units than numbers that a code is made of, ``Q [g, units, k]`` with orthonormal
@@ -34,28 +35,34 @@ class Equation:
     """
 
     code: LinearCode
+    scale: Tensor
     gram: Tensor
     cross: Tensor
     units: Tensor | None = None
 
     def of_all_units(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Matrices ``[g, k, ...]`` of the code's dimensions, for all units."""
-        return parts if self.units is None else tuple(self.units.to(part) @ part for part in parts)
+        if self.units is None:
+            return parts
+        return torch.bmm(self.units.to(parts[0]), torch.cat(parts, 2)).split([part.shape[2] for part in parts], 2)
 
 
 def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -> Equation:
     """Draw the code of a layer and form its equation."""
     code = _code(problem, axes, config)
-    on_x, on_t, units, count = code.on_x, code.on_t, None, code.on_x.shape[1]
-    if count > on_x.shape[2] + on_t.shape[2]:
+    on_x, on_t, units = code.on_x, code.on_t, None
+    share = 1.0
+    if on_x.shape[1] > on_x.shape[2] + on_t.shape[2]:
         units, made_of = torch.linalg.qr(torch.cat([on_x, on_t], 2))
+        share = made_of.shape[1] / on_x.shape[1]
         on_x, on_t = made_of.split([on_x.shape[2], on_t.shape[2]], 2)
     cross = torch.baddbmm(on_x * axes.variances.unsqueeze(1), on_t, axes.xt.mT)
     on_target = torch.baddbmm(torch.bmm(on_x, axes.xt), on_t, axes.tt.expand(len(on_t), -1, -1))  # S t^T
     gram = torch.baddbmm(torch.bmm(on_target, on_t.mT), cross, on_x.mT)
-    size = gram.diagonal(dim1=1, dim2=2).sum(1).div_(count).clamp_(min=_TINY)
-    scale = (cov.variance / size).clamp_(min=0).sqrt_().view(-1, 1, 1)
-    return Equation(LinearCode(on_x * scale, on_t * scale), gram * scale.square(), cross * scale, units)
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).mul_(share).clamp_(min=_TINY)
+    square = (cov.variance / size).clamp_(min=0).view(-1, 1, 1)
+    scale = square.sqrt()
+    return Equation(LinearCode(on_x, on_t), scale, gram.mul_(square), cross.mul_(scale), units)
 
 
 def solve_in_axes(
@@ -66,14 +73,13 @@ def solve_in_axes(
     Returns:
         ``W``, ``[g, k, r]``, and lambda.
     """
-    gram, cross = equation.gram, equation.cross
-    encoding_weight = problem.encoding_weight(config)
+    a, u = robust_eigh(equation.gram)
+    cross, encoding_weight = torch.bmm(u.mT, equation.cross), problem.encoding_weight(config)
     if encoding_weight is None:
-        a, u = robust_eigh(gram)
         errors = config.value_standard_errors if problem.role == "values" else 0.0
-        encoding_weight = least_error_weight(a, axes.variances, u.mT @ cross, count, config.chunk, errors)
-    weight = solve_diagonal(gram, encoding_weight * axes.variances, (1 + encoding_weight) * cross)
-    return weight, encoding_weight
+        encoding_weight = least_error_weight(a, axes.variances, cross, count, config.chunk, errors)
+    inverse = pair_inverse(a, encoding_weight * axes.variances)
+    return torch.bmm(u, inverse.mul_(cross).mul_(1 + encoding_weight)), encoding_weight
 
 
 def judged(
@@ -100,29 +106,25 @@ def judged(
         solver: its name.
         config: the constants of the method.
     """
-    right = (1 + encoding_weight) * cross
-    difference = torch.add(decoded, encoded, alpha=encoding_weight) - right
-    output_variance = (encoded * weight).sum(2, dtype=torch.float64)
+    energies = torch.stack([encoded, decoded, cross]).mul_(weight).sum(3, dtype=torch.float64)  # [3, g, k]
+    difference = torch.add(decoded, encoded, alpha=encoding_weight).sub_(cross, alpha=1 + encoding_weight)
     measured = [
         torch.linalg.vector_norm(difference, dtype=torch.float64),
-        torch.linalg.vector_norm(right, dtype=torch.float64),
-        output_variance.sum(),
-        (decoded * weight).sum(dtype=torch.float64),
-        (weight * cross).sum(dtype=torch.float64),
+        torch.linalg.vector_norm(cross, dtype=torch.float64),
         equation.gram.diagonal(dim1=1, dim2=2).sum(),
-        cov.variance.sum(),
+        *energies.sum((1, 2)).unbind(),
     ]
-    remainder, size, encoded_energy, decoded_energy, agreement, code, rows = torch.stack(measured).tolist()
+    remainder, size, code, encoded_energy, decoded_energy, agreement = torch.stack(measured).tolist()
     return Fit(
         weight=weight.double(),
         encoding_weight=encoding_weight,
-        residual=remainder / max(size, _TINY),
+        residual=remainder / max((1 + encoding_weight) * size, _TINY),
         encoding_error=1 + (encoded_energy - 2 * agreement) / max(code, _TINY),
-        decoding_error=1 + (decoded_energy - 2 * agreement) / max(rows * cov.dim, _TINY),
+        decoding_error=1 + (decoded_energy - 2 * agreement) / max(cov.sizes.rows * cov.dim, _TINY),
         solver=solver,
-        alive=cov.variance > config.constant_variance * cov.mean_x.square().mean(1) + 1e-30,
+        alive=torch.sub(cov.variance, cov.mean_x.square().mean(1), alpha=config.constant_variance) > 1e-30,
         statistics=cov,
-        output_variance=output_variance.clamp(min=0),
+        output_variance=energies[0].clamp_(min=0),
     )
 
 
@@ -132,11 +134,12 @@ def with_varied_targets(problem: Problem, cov: Covariance, config: Config) -> tu
     Returns:
         Both, and a note for the report.
     """
-    same = cov.tt.diagonal(dim1=-2, dim2=-1).sum(-1) <= config.constant_variance * cov.mean_t.square().sum(-1)
-    if not bool(same.any()):
+    sizes = zip(cov.sizes.targets, cov.sizes.means, strict=True)
+    same = [variance <= config.constant_variance * mean for variance, mean in sizes]
+    if not any(same):
         return problem, cov, ""
     # What is left of the targets' covariance is rounding.
-    gone = same[..., None, None]
+    gone = torch.tensor(same, device=cov.tt.device).view(*cov.tt.shape[:-2], 1, 1)
     cov = replace(cov, xt=cov.xt.masked_fill(gone, 0), tt=cov.tt.masked_fill(gone, 0))
     if problem.is_head:
         return problem, cov, "all its rows have the same target, so it predicts that"

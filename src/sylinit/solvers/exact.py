@@ -37,7 +37,9 @@ def fit_exact(cov: Covariance, problem: Problem, config: Config) -> Fit:
     axes = principal_axes(cov, config.null_variance)
     equation = equation_of(problem, axes, cov, config)
     weight, encoding_weight = solve_in_axes(problem, axes, equation, cov.count, config)
-    weight, cross = weight @ axes.basis.mT, equation.cross @ axes.basis.mT
-    weight, decoded, encoded, cross = equation.of_all_units(weight, equation.gram @ weight, weight @ cov.xx, cross)
+    back = axes.basis.mT
+    weight, cross = torch.bmm(weight, back), torch.bmm(equation.cross, back)
+    decoded, encoded = torch.bmm(equation.gram, weight), torch.bmm(weight, cov.xx)
+    weight, decoded, encoded, cross = equation.of_all_units(weight, decoded, encoded, cross)
     fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, Exact.name, config)
     return replace(fit, note=note)

@@ -29,7 +29,7 @@ class Fit:
         output_variance: of a solver: of each unit, ``diag(W Cov W^T)``, ``[g, k]``; None once the weight is rescaled.
         bias: ``[g, k]``; None until the weight is rescaled.
         dead: ``[g, k]``, units that are zero; None until the weight is rescaled.
-        rank: numerical rank of the weight, summed over groups; None until the weight is rescaled.
+        rank: numerical rank of the weight, summed over groups, a float64 scalar; None until the weight is rescaled.
     """
 
     weight: Tensor
@@ -44,4 +44,4 @@ class Fit:
     output_variance: Tensor | None = field(default=None, repr=False)
     bias: Tensor | None = None
     dead: Tensor | None = None
-    rank: int | None = None
+    rank: Tensor | None = None

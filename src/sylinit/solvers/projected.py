@@ -64,10 +64,11 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
     if bool((variances[:, -1] <= config.float32_variance * largest).any()):
         return Declined()
     basis = basis.double()
-    axes = Axes(basis, variances, basis.mT @ cov.xt, cov.tt)
+    axes = Axes(basis, variances, torch.bmm(basis.mT, cov.xt), cov.tt)
     equation = equation_of(problem, axes, cov, config)
     code, gram = equation.code, equation.gram
-    cross = code.on_x.to(image) @ image.mT + (code.on_t @ cov.xt.mT).to(image)  # large: float32 from here on
+    on_t = torch.bmm(code.on_t, cov.xt.mT).to(image)
+    cross = torch.baddbmm(on_t, code.on_x.to(image), image.mT).mul_(equation.scale)  # large: float32 from here on
     right = (1 + encoding_weight) * cross
     solved = [
         solve_projected(
@@ -83,8 +84,8 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
         for a, xx, c, subspace in zip(gram, cov.xx, right, found, strict=True)
     ]
     weight, remainder = (torch.stack([getattr(each, part) for each in solved]) for part in ("weight", "remainder"))
-    decoded = gram.to(weight) @ weight
-    encoded = (right - remainder - decoded) / encoding_weight  # W Cov, without another product
+    decoded = torch.bmm(gram.to(weight), weight)
+    encoded = (right - remainder).sub_(decoded).div_(encoding_weight)  # W Cov, without another product
     weight, decoded, encoded, cross = equation.of_all_units(weight, decoded, encoded, cross)
     fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, Projected.name, config)
     if not fit.residual <= config.residual_tolerance:

@@ -68,7 +68,7 @@ def fit_in_row_space(rows: Tensor, targets: Tensor, problem: Problem, config: Co
     equation = equation_of(problem, axes, cov, config)
     weight, encoding_weight = solve_in_axes(problem, axes, equation, cov.count, config)
     weight, decoded, encoded, cross = equation.of_all_units(
-        weight, equation.gram @ weight, weight * variances.unsqueeze(1), equation.cross
+        weight, torch.bmm(equation.gram, weight), weight * variances.unsqueeze(1), equation.cross
     )
     fit = judged(weight, decoded, encoded, cross, equation, cov, encoding_weight, RowSpace.name, config)
     return replace(fit, note=note)

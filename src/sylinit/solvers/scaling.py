@@ -16,8 +16,8 @@ from sylinit.solvers.problem import Role
 def rescale(fit: Fit, role: Role, config: Config) -> Fit:
     """Scale each unit of a solution and give it the bias that centers it.
 
-    * "units": output variance `Config.variance`, by ``w sqrt(variance) / (|w| s)`` with
-      ``s^2 = max(u^T Cov u, variance_floor tr(Cov) / d)`` and ``u = w / |w|``; mean output zero.
+    * "units": output variance `Config.variance`, by ``w sqrt(variance) / s`` with
+      ``s^2 = max(w^T Cov w, variance_floor |w|^2 tr(Cov) / d)``; mean output zero.
     * "directions": Euclidean length `Config.filter_length`; mean output zero.
     * "logits": one scale for all, so that their centered root mean square is `Config.logit_deviation`.
     * "values": each output's least-squares slope on its target, ``cov(t, y) / var(y)``; its mean is the target's.
@@ -45,21 +45,20 @@ def rescale(fit: Fit, role: Role, config: Config) -> Fit:
     else:
         length = weight.norm(dim=2)
         dead = length <= tiny
-        length = length.masked_fill(dead, 1)
         if role == "directions" and config.filter_length is not None:
-            factor = config.filter_length / length
+            factor = config.filter_length / length.masked_fill_(dead, 1)
         else:
-            floor = (config.variance_floor * cov.variance).clamp(min=tiny).unsqueeze(1)
-            factor = (config.variance / torch.maximum(spread / length.square(), floor)).sqrt() / length
+            floor = config.variance_floor * cov.variance.unsqueeze(1) * length.square()
+            factor = torch.maximum(spread, floor).clamp_(min=tiny).rsqrt_().mul_(config.variance**0.5)
     weight = weight * factor.unsqueeze(2)
     rank = numerical_rank(weight)
     weight = cov.from_coordinates(weight)
-    bias = offset - (weight @ cov.mean_x.unsqueeze(2)).squeeze(2)
+    bias = offset - torch.bmm(weight, cov.mean_x.unsqueeze(2)).squeeze(2)
     return replace(fit, weight=weight, bias=bias, dead=dead, rank=rank, statistics=None, output_variance=None)
 
 
-def numerical_rank(weight: Tensor) -> int:
+def numerical_rank(weight: Tensor) -> Tensor:
     """Numerical rank of ``[g, k, d]``, summed over groups, from the smaller of the two Gram matrices."""
     small = weight if weight.shape[1] <= weight.shape[2] else weight.mT
     values = robust_eigvalsh(torch.bmm(small, small.mT))
-    return int((values > 1e-10 * values[:, -1:]).sum())
+    return (values > 1e-10 * values[:, -1:]).sum(dtype=torch.float64)

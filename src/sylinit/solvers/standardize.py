@@ -7,6 +7,7 @@ like any column, and nothing is lost to rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,7 +69,7 @@ def standardized(rows: Rows, config: Config) -> Standardized | None:
     mean = total(sum((x.sum(0) for x in parts), none)) / rows.count
     deviation = (total(sum(((x - mean).square().sum(0) for x in parts), none)) / rows.count).sqrt()
     varies = deviation > 1e-14 * mean.abs()
-    if not bool(mean.isfinite().all()) or not bool(varies.any()):
+    if not math.isfinite(float(mean.sum())) or not bool(varies.any()):
         return None
     size = deviation[varies]
     quartile, median = size.quantile(torch.tensor([0.25, 0.5], dtype=torch.float64, device=size.device))

@@ -40,6 +40,11 @@ class Layout:
             return Layout(self.axis, 1, fold)
         return Layout(self.axis, fold, 1) if fold > 1 and self.inner == 1 < self.outer else None
 
+    def samples_of(self, lead: tuple[int, ...], samples: int, index: Tensor) -> Tensor:
+        """The sample of each row; arguments as those of `locate`."""
+        sample = index.div(math.prod(lead[self.axis + 1 :]) * self.inner, rounding_mode="floor")
+        return sample if math.prod(lead[: self.axis]) * self.outer == 1 else sample % samples
+
     def locate(self, lead: tuple[int, ...], samples: int, index: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
         """The sample of each row, its other coordinates, and their sizes.
 
@@ -49,8 +54,7 @@ class Layout:
             index: int64 row numbers ``[n]``.
         """
         places, sizes = list(unravel(index, lead)), list(lead)
-        along = places[self.axis]
-        sample = along.div(self.inner, rounding_mode="floor") % samples
+        sample, along = self.samples_of(lead, samples, index), places[self.axis]
         folded = [
             (along.div(self.inner * samples, rounding_mode="floor"), self.outer),
             (along % self.inner, self.inner),
@@ -78,21 +82,27 @@ def layout_of(changed: Tensor, lead: tuple[int, ...], samples: int, marked: int)
         The layout; `UNKNOWN` where the rows that changed fit none; None where no row changed, or all did because the
         model mixes its samples, which tells nothing.
     """
-    if not bool(changed.any()) or bool(changed.all()):
+    axes = [axis for axis, size in enumerate(lead) if size % samples == 0 and changed.shape[axis] == size]
+    profiles = [_profile(changed, axis) for axis in axes] or [[bool(changed.any())]]
+    if not any(profiles[0]) or (all(map(all, profiles)) and bool(changed.all())):
         return None
     partial = None
-    for axis, size in enumerate(lead):
-        if size % samples or changed.shape[axis] != size:
-            continue
-        profile = changed.movedim(axis, 0).reshape(size, -1).any(1)
-        for inner in (n for n in range(1, size // samples + 1) if size // samples % n == 0):
-            layout = Layout(axis, size // samples // inner, inner)
-            expected = torch.arange(size, device=profile.device).div(inner, rounding_mode="floor") % samples == marked
-            if torch.equal(profile, expected):
+    for axis, profile in zip(axes, profiles, strict=False):
+        fold = lead[axis] // samples
+        for inner in (n for n in range(1, fold + 1) if fold % n == 0):
+            layout = Layout(axis, fold // inner, inner)
+            expected = [place // inner % samples == marked for place in range(lead[axis])]
+            if profile == expected:
                 return layout
-            if partial is None and not bool(profile[~expected].any()):
+            if partial is None and not any(here and not there for here, there in zip(profile, expected, strict=True)):
                 partial = layout
     return partial or UNKNOWN
+
+
+def _profile(changed: Tensor, axis: int) -> list[bool]:
+    """At which places of an axis anything changed."""
+    others = [dim for dim, size in enumerate(changed.shape) if dim != axis and size > 1]
+    return (changed.any(others) if others else changed).flatten().tolist()
 
 
 def align(lead: tuple[int, ...], samples: int, layout: Layout | None) -> Layout | None:
@@ -119,11 +129,14 @@ def targets_of_rows(vectors: Tensor, lead: tuple[int, ...], layout: Layout, inde
         ``[n, c]``, NaN for rows without a label.
     """
     samples, *spots, _ = vectors.shape
+    if not spots and lead == (samples,):
+        return vectors if index is None else vectors[index.to(vectors.device)]
     if index is None:
         index = torch.arange(math.prod(lead), device=vectors.device)
-    sample, places, sizes = layout.locate(lead, samples, index.to(vectors.device))
+    index = index.to(vectors.device)
     if not spots:
-        return vectors[sample]
+        return vectors[layout.samples_of(lead, samples, index)]
+    sample, places, sizes = layout.locate(lead, samples, index)
     nearest = _nearest(spots, places, sizes)
     if nearest is None:
         return vectors.flatten(1, -2).nanmean(1)[sample]

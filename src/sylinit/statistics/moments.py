@@ -1,14 +1,14 @@
 """The streamed second moment of a layer's rows, from which every linear latent code is computed.
 
-With ``z = [1, x, t]`` (a row of input and its target), everything that a linear code needs is
-``G = sum z z^T``. `Moments` holds the blocks of ``G`` as raw sums: they add, whatever the order, the batch size
-or the machine. `Covariance` is what remains after centering.
+With ``z = [1, t, x]`` (a row's target and its input), everything that a linear code needs is ``G = sum z z^T``.
+`Moments` holds the blocks of ``G`` as raw sums: they add, whatever the order, the batch size or the machine.
+`Covariance` is what remains after centering.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,26 +21,25 @@ CHUNK = 1 << 22
 BLOCK = 192
 """Columns of ``sum x x^T`` that are formed at once, from the diagonal on: narrow, but wide enough for full speed."""
 
+MIRRORED = 1024
+"""Columns that are copied below the diagonal at once."""
+
 
 @dataclass
 class Moments:
-    """Raw sums over rows ``x`` (d numbers) and targets ``t`` (c numbers) for g groups; float64, ``xx`` perhaps float32.
+    """Raw sums over rows ``x`` (d numbers) and ``s = [1, t]`` (1 and c numbers of target) for g groups.
+
+    Float64; ``xx`` perhaps float32.
 
     Attributes:
-        count: number of rows seen, a float64 scalar tensor.
-        sum_x: ``[g, d]``, the sum of the rows.
-        sum_t: ``[c]``, the sum of the targets.
-        xx: ``[g, d, d]``, the sum of ``x x^T``; only its upper triangle holds.
-        xt: ``[g, d, c]``, the sum of ``x t^T``.
-        tt: ``[c, c]``, the sum of ``t t^T``.
+        ss: ``[1 + c, 1 + c]``, the sum of ``s s^T``; its first row is the number of rows and the sum of the targets.
+        xs: ``[g, d, 1 + c]``, the sum of ``x s^T``; its first column is the sum of the rows.
+        xx: ``[g, d, d]``, the sum of ``x x^T``; where d is above `BLOCK`, only its upper triangle holds.
     """
 
-    count: Tensor
-    sum_x: Tensor
-    sum_t: Tensor
+    ss: Tensor
+    xs: Tensor
     xx: Tensor
-    xt: Tensor
-    tt: Tensor
 
     @classmethod
     def zeros(
@@ -55,17 +54,11 @@ class Moments:
 
         Products of rows are formed in ``dtype`` too: in float32 they take half the time and memory.
         """
-
-        def zero(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        width = 1 + targets
         return cls(
-            count=zero(),
-            sum_x=zero(groups, dim),
-            sum_t=zero(targets),
-            xx=zero(groups, dim, dim, dtype=dtype),
-            xt=zero(groups, dim, targets),
-            tt=zero(targets, targets),
+            ss=torch.zeros(width, width, dtype=torch.float64, device=device),
+            xs=torch.zeros(groups, dim, width, dtype=torch.float64, device=device),
+            xx=torch.zeros(groups, dim, dim, dtype=dtype, device=device),
         )
 
     @torch.no_grad()
@@ -75,65 +68,86 @@ class Moments:
         Exact to the rounding of ``xx``'s dtype however the rows are cut into calls, and these into chunks of so many
         numbers.
         """
-        _, count, dim = rows.shape
-        step = max(1, chunk // max(1, rows.shape[0] * dim))
+        groups, count, dim = rows.shape
+        s = with_ones(self.ss.new_empty(count, len(self.ss) - 1) if targets is None else targets)
+        self.ss.addmm_(s.T, s)
+        step = max(1, chunk // max(1, groups * dim))
         for start in range(0, count, step):
-            x = rows[:, start : start + step].to(self.xx.dtype, memory_format=torch.contiguous_format)
-            self.count += x.shape[1]
-            self.sum_x += x.sum(1, dtype=torch.float64)
+            piece = slice(start, start + step)
+            x = rows[:, piece].to(self.xx.dtype, memory_format=torch.contiguous_format)
+            self.xs += torch.bmm(x.mT, s[piece].to(x).expand(groups, -1, -1))
             if dim <= BLOCK:
                 self.xx.baddbmm_(x.mT, x)
             else:
                 for column in range(0, dim, BLOCK):
                     block = slice(column, column + BLOCK)
                     self.xx[:, block, column:].baddbmm_(x[:, :, block].mT, x[:, :, column:])
-            if targets is not None and targets.shape[1]:
-                t = targets[start : start + step].to(x)
-                self.sum_t += t.sum(0, dtype=torch.float64)
-                self.tt += t.T @ t
-                self.xt += torch.bmm(x.mT, t.expand(len(x), -1, -1))
         return self
 
     @torch.no_grad()
     def merge(self, other: Moments) -> Moments:
         """Add the sums of ``other``: the moments of both sets of rows together."""
-        for field in fields(self):
-            getattr(self, field.name).add_(getattr(other, field.name))
+        self.ss += other.ss
+        self.xs += other.xs
+        self.xx += other.xx
         return self
 
     def reduce(self, all_reduce: Callable[[Tensor], Any]) -> Moments:
         """Sum over processes: ``all_reduce`` sums one tensor in place over all of them."""
-        for field in fields(self):
-            all_reduce(getattr(self, field.name))
+        for block in (self.ss, self.xs, self.xx):
+            all_reduce(block)
         return self
 
     def covariance(self) -> Covariance:
         """Center the sums and divide them by the count."""
-        count = self.count.clamp(min=1)
-        mean_x, mean_t = self.sum_x / count, self.sum_t / count
-        mean = mean_x.to(self.xx)
-        xx = (self.xx / count).baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
-        _mirror(xx)
+        count = self.ss[0, 0]
+        divisor = count.clamp(min=1)
+        ss, xs = self.ss / divisor, self.xs / divisor
+        mean_s, mean_x = ss[0], xs[:, :, :1]
+        column = mean_x.to(self.xx)
+        xx = (self.xx / divisor).baddbmm_(column, column.mT, alpha=-1)
+        if xx.shape[1] > BLOCK:
+            _mirror(xx)
         return Covariance(
-            dim=mean_x.shape[1],
-            count=self.count,
-            mean_x=mean_x,
-            mean_t=mean_t,
+            dim=xx.shape[1],
+            count=count,
+            mean_x=mean_x.squeeze(2),
+            mean_t=mean_s[1:],
             xx=xx,
-            xt=self.xt / count - mean_x.unsqueeze(2) * mean_t,
-            tt=self.tt / count - torch.outer(mean_t, mean_t),
+            xt=torch.addcmul(xs, mean_x, mean_s, value=-1)[:, :, 1:],
+            tt=torch.addcmul(ss, mean_s.unsqueeze(1), mean_s, value=-1)[1:, 1:],
         )
+
+
+def with_ones(targets: Tensor) -> Tensor:
+    """``s = [1, t]``, ``[n, 1 + c]`` float64, from targets ``[n, c]``."""
+    return torch.nn.functional.pad(targets.double(), (1, 0), value=1.0)
 
 
 def _mirror(matrix: Tensor) -> None:
     """Copy the upper triangle of ``[g, d, d]`` onto the lower one, in place and block by block."""
     dim = matrix.shape[1]
-    for column in range(0, dim, BLOCK):
-        block = slice(column, column + BLOCK)
-        corner = matrix if dim <= BLOCK else matrix[:, block, block]
+    for column in range(0, dim, MIRRORED):
+        block = slice(column, column + MIRRORED)
+        corner = matrix[:, block, block]
         corner.copy_(corner.triu() + corner.triu(1).mT)
-        if column + BLOCK < dim:
-            matrix[:, column + BLOCK :, block] = matrix[:, block, column + BLOCK :].mT
+        if column + MIRRORED < dim:
+            matrix[:, column + MIRRORED :, block] = matrix[:, block, column + MIRRORED :].mT
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much rows and targets vary.
+
+    Attributes:
+        rows: the sum over groups of the mean variance of a coordinate; not finite where any row is not.
+        targets: ``tr(tt)``, one number, or one a group where each has its own targets.
+        means: ``|mean_t|^2``, likewise.
+    """
+
+    rows: float
+    targets: list[float]
+    means: list[float]
 
 
 @dataclass(frozen=True)
@@ -177,12 +191,21 @@ class Covariance:
 
     def from_coordinates(self, weight: Tensor) -> Tensor:
         """A weight ``[g, k, r]`` on the axes of `basis` as one on the rows themselves, ``[g, k, d]``."""
-        return weight if self.basis is None else weight @ self.basis.mT
+        return weight if self.basis is None else torch.bmm(weight, self.basis.mT)
 
     @cached_property
     def variance(self) -> Tensor:
         """Mean variance of a coordinate of ``x``, ``tr(xx) / d``, shape ``[g]``: the square of ``x``'s RMS."""
         return self.xx.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) / self.dim
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What is looked at before anything is solved, on the host."""
+        variances = self.tt.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        means = torch.linalg.vector_norm(self.mean_t, dim=-1, keepdim=True)
+        rows, *others = torch.cat([self.variance.sum(0, True), variances.flatten(), means.flatten()]).tolist()
+        half = len(others) // 2
+        return Sizes(rows, others[:half], [mean**2 for mean in others[half:]])
 
 
 def row_covariance(rows: Tensor, targets: Tensor) -> Covariance:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sylinit.layers.convolution import ConvTransposeView, ConvView
 from sylinit.layers.view import LayerView as View
-from sylinit.statistics.moments import CHUNK, Moments
+from sylinit.statistics.moments import CHUNK, Moments, with_ones
 
 Strip = tuple[int | slice, ...]
 """For each axis one position, or all of them."""
@@ -42,7 +42,7 @@ Offset = tuple[int, ...]
 
 ALL = slice(None)
 
-MAX_ZEROS = 1.15
+MAX_ZEROS = 1.27
 """Zeros behind the lines of images are cheaper than copies up to this many times their pixels."""
 
 SMALL_GROUP = 64
@@ -117,40 +117,27 @@ def correlate(
     view: ConvView, inputs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64, chunk: int = CHUNK
 ) -> Moments:
     """The moments of all patches at stride 1, from the correlations of the input with itself."""
-    taps, groups, channels, width = (
-        math.prod(view.module.kernel_size),
-        view.groups,
-        view.channels,
-        inputs[0][1].shape[1],
-    )
-    sums = Moments.zeros(groups, view.dim, width, inputs[0][0].device, dtype)
+    taps, groups, channels = math.prod(view.module.kernel_size), view.groups, view.channels
+    device = inputs[0][0].device
+    sums = Moments.zeros(groups, view.dim, inputs[0][1].shape[1], device, dtype)
     if groups > 1 and view.dim <= SMALL_GROUP:
         for x, targets in inputs:
             stream(sums, view, x, targets, chunk)
         return sums
-    first = sums.xt.new_zeros(taps, groups * channels * (1 + width))
-    second = sums.xx.new_zeros(taps**2, groups * channels**2)
+    half = sums.xx.new_zeros(taps**2, groups * channels**2)
     for x, targets in inputs:
-        images, windows, targets = view.images(x), _windows(view, x), targets.double()
-        plan, size = _plan(windows), images.shape[1] * math.prod(windows.room)
-        shared = torch.cat([targets.new_ones(len(targets), 1), targets], 1)  # [1, t]
-        sums_of_strips = first.new_zeros(len(plan.strips), groups, channels, 1 + width)
-        products = second.new_zeros(plan.products, groups, channels, channels)
+        images, windows, s = view.images(x), _windows(view, x), with_ones(targets)
+        plan, size = _plan(windows, dtype, device), images.shape[1] * math.prod(windows.room)
+        sums.ss.addmm_(s.T, s, alpha=math.prod(view.places(x)))
+        products: Tensor | None = None
         for start in range(0, len(images), step := max(1, chunk // size)):
             line = _Line(_padded(view, images[start : start + step]), groups, windows, dtype)
-            parts = torch.stack([line.sums(strip) for strip in plan.strips])
-            sums_of_strips += parts.mT @ shared[start : start + step]
-            for batch in plan.batches:
-                products[batch.place : batch.place + batch.count] += line.correlation(batch)
-        first.addmm_(first.new_tensor(plan.signs), sums_of_strips.flatten(1))
-        second.addmm_(second.new_tensor(plan.signs_of_pairs), products.flatten(1))
-        places = math.prod(view.places(x))
-        sums.count += len(images) * places
-        sums.sum_t.add_(targets.sum(0), alpha=places)
-        sums.tt.addmm_(targets.T, targets, alpha=places)
-    first = first.view(taps, groups, channels, -1).permute(1, 2, 0, 3).flatten(1, 2)  # [g, d, 1 + c]
-    sums.sum_x, sums.xt = first[:, :, 0], first[:, :, 1:]
-    half = second.view(taps, taps, groups, channels, channels)
+            sums.xs += torch.bmm(line.sums(plan).double(), s[start : start + step].expand(groups, -1, -1))
+            found = torch.cat([line.correlation(batch) for batch in plan.batches])
+            products = found if products is None else products.add_(found)
+        assert products is not None
+        half.addmm_(plan.signs_of_pairs, products.view(len(products), -1))
+    half = half.view(taps, taps, groups, channels, channels)
     blocks = half + half.permute(1, 0, 2, 4, 3)
     sums.xx = blocks.permute(2, 3, 0, 4, 1).reshape(groups, view.dim, view.dim)  # as the weight is laid out
     return sums
@@ -189,6 +176,15 @@ class _Windows:
         return found
 
     @property
+    def inside(self) -> list[list[list[int]]]:
+        """By axis, which positions the window of each tap holds: ones, and zeros for the others and behind them."""
+        rooms = (self.sizes[0], *self.room[1:])
+        return [
+            [[int(start <= e < start + places and e < size) for e in range(room)] for start in starts]
+            for size, places, starts, room in zip(self.sizes, self.places, self.starts, rooms, strict=True)
+        ]
+
+    @property
     def strips(self) -> list[Strip]:
         """Everything, and all that any tap leaves out."""
         choices: list[list[int | slice]] = []
@@ -222,14 +218,12 @@ class _Batch:
     """Products over one strip whose offsets differ in their last coordinate only.
 
     Attributes:
-        place: of the first among all products.
         count: of products.
         strip: which positions.
         offset: of the first.
         step: from one offset to the next.
     """
 
-    place: int
     count: int
     strip: Strip
     offset: Offset
@@ -238,32 +232,28 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which products and sums over strips are formed, and how often each is in the block of a pair of taps.
+    """Which sums and products are formed, and how often each product is in the block of a pair of taps.
 
     Attributes:
-        strips: that any tap leaves out, and everything.
-        signs: ``[taps, strips]``, how the window of a tap counts a strip.
-        batches: the products, ``products`` in all.
-        products: their number.
+        inside: by axis, which positions the window of each tap holds, ``[taps, room]`` of ones and zeros.
+        batches: the products.
         signs_of_pairs: ``[taps^2, products]``, for half of the matrix of blocks: zero where a > b, and halved where
             a = b.
     """
 
-    strips: list[Strip]
-    signs: list[list[int]]
+    inside: list[Tensor]
     batches: list[_Batch]
-    products: int
-    signs_of_pairs: list[list[float]]
+    signs_of_pairs: Tensor
 
 
 @lru_cache(maxsize=64)
-def _plan(windows: _Windows) -> _Plan:
-    strips, taps = windows.strips, len(windows.taps)
+def _plan(windows: _Windows, dtype: torch.dtype, device: torch.device) -> _Plan:
+    taps = len(windows.taps)
     step = max((b - a for a, b in pairwise(windows.starts[-1])), default=1)
     batches: list[_Batch] = []
     counted: list[tuple[int, int, int, int]] = []  # tap, tap, product, sign
     total = 0
-    for strip in strips:
+    for strip in windows.strips:
         signs = windows.signs(strip)
         needed: dict[Offset, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
         for offset, pairs in windows.pairs.items():
@@ -273,15 +263,18 @@ def _plan(windows: _Windows) -> _Plan:
         for leading, lasts in needed.items():
             low = min(lasts)
             count = (max(lasts) - low) // step + 1
-            batches.append(_Batch(total, count, strip, (*leading, low), step))
+            batches.append(_Batch(count, strip, (*leading, low), step))
             for last, mine in lasts.items():
                 counted += [(a, b, total + (last - low) // step, signs[a]) for a, b in mine]
             total += count
     signs_of_pairs = [[0.0] * total for _ in range(taps**2)]
     for a, b, place, sign in counted:
         signs_of_pairs[taps * a + b][place] = sign / 2 if a == b else sign
-    signs_of_taps = [[windows.signs(strip).get(tap, 0) for strip in strips] for tap in range(taps)]
-    return _Plan(strips, signs_of_taps, batches, total, signs_of_pairs)
+    return _Plan(
+        [torch.tensor(rows, dtype=dtype, device=device) for rows in windows.inside],
+        batches,
+        torch.tensor(signs_of_pairs, dtype=dtype, device=device),
+    )
 
 
 class _Line:
@@ -303,40 +296,42 @@ class _Line:
         self._margin = sum(by * step for by, step in zip(reach, self._steps[2:], strict=True))
         self._channels, pixels = images.shape[2], math.prod(self._shape)
         self._line = images.new_zeros(groups, pixels + 2 * self._margin, self._channels, dtype=dtype)
-        self._part((ALL,) * len(self._sizes), 0, inner=True).copy_(images.movedim(2, -1).movedim(0, 2))
+        everything = _Strip(self._margin, [self._shape[0], len(images), *self._sizes[1:]], self._steps)
+        self._view(everything).copy_(images.movedim(2, -1).movedim(0, 2))
 
-    def sums(self, strip: Strip) -> Tensor:
-        """``[g, samples, channels]``: each sample's sum over a strip."""
-        lines = self._part(strip, 0).flatten(3, -2).sum(3, dtype=torch.float64)
-        return lines.sum(1)
+    def sums(self, plan: _Plan) -> Tensor:
+        """``[g, d, samples]``: each sample's sum over the window of each tap, in the order of a row of input."""
+        found = self._view(_Strip(self._margin, list(self._shape), self._steps))
+        for axis, inside in enumerate(plan.inside):
+            place = axis + (1 if axis == 0 else 2)  # behind the groups, and the samples behind the first axis
+            before, after = found.shape[:place], found.shape[place + 1 :]
+            rows = found.reshape(math.prod(before), found.shape[place], -1)
+            found = torch.bmm(inside.expand(len(rows), -1, -1), rows).view(*before, -1, *after)
+        groups, first, samples, *others, channels = found.shape
+        taps = found.permute(0, -1, 1, *range(3, found.ndim - 1), 2)
+        return taps.reshape(groups, channels * first * math.prod(others), samples)
 
     def correlation(self, batch: _Batch) -> Tensor:
-        """``[offsets, g, channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
+        """``[offsets, g channels, channels]``: ``sum z(u) z(u + offset)^T`` over the u of a strip."""
         steps = (self._steps[0], *self._steps[2:])
         shift = sum(by * step for by, step in zip(batch.offset, steps, strict=True))
-        lines = self._shape[0] - batch.offset[0]
-        here = self._part(batch.strip, 0, lines, inner=self._copies).flatten(1, -2)
-        there = self._part(batch.strip, shift, lines, batch.count, batch.step, inner=self._copies)
-        if not self._copies:
-            return torch.bmm(here.mT.expand(batch.count, -1, -1), there.flatten(2, -2)[0]).unsqueeze(1)
-        wide = there.movedim(1, -2).flatten(-2).flatten(1, -2)  # [g, u, offsets channels]
-        return torch.bmm(here.mT, wide).unflatten(2, (batch.count, -1)).movedim(2, 0)
+        here, count = self._strip(batch), batch.count
+        if not self._copies and (pixels := here.as_one()) is not None:
+            (number, step), channels = pixels, self._channels
+            step, first = step * channels, here.start * channels
+            left = self._line.as_strided((count, channels, number), (0, 1, step), first)
+            strides = (batch.step * channels, step, 1)
+            right = self._line.as_strided((count, number, channels), strides, first + shift * channels)
+            return torch.bmm(left, right)
+        there = _Strip(here.start + shift, [*here.sizes, count], [*here.steps, batch.step])
+        narrow = self._view(here).flatten(1, -2)
+        wide = self._view(there).flatten(-2).flatten(1, -2)  # [g, u, offsets channels]
+        return torch.bmm(narrow.mT, wide).unflatten(2, (count, -1)).movedim(2, 0).flatten(1, 2)
 
-    def _part(
-        self, strip: Strip, shift: int, lines: int = 0, offsets: int = 0, step: int = 1, *, inner: bool = False
-    ) -> Tensor:
-        """``[g, first axis, samples, other axes, channels]``: a strip of all images, shifted along the line.
-
-        Args:
-            strip: which positions; an axis with one position has size one.
-            shift: in pixels.
-            lines: of the first axis; 0 for all.
-            offsets: with so many shifts, ``step`` apart, along a dimension of their own behind the groups.
-            step: see ``offsets``.
-            inner: without the zeros behind the other axes.
-        """
-        first, *others = strip
-        start, sizes = self._margin + shift, [lines or self._shape[0], self._shape[1]]
+    def _strip(self, batch: _Batch) -> _Strip:
+        """Where a strip lies on the line, without the lines of the first axis that an offset takes off the images."""
+        first, *others = batch.strip
+        start, sizes = self._margin, [self._shape[0] - batch.offset[0], self._shape[1]]
         if isinstance(first, int):
             start, sizes[0] = start + first * self._steps[0], 1
         for axis, place in enumerate(others, 1):
@@ -344,11 +339,39 @@ class _Line:
                 start += place * self._steps[axis + 1]
                 sizes.append(1)
             else:
-                sizes.append(self._sizes[axis] if inner else self._shape[axis + 1])
-        of_group, _, _ = self._line.stride()
-        shape = (len(self._line), *((offsets,) if offsets else ()), *sizes, self._channels)
-        strides = [one * self._channels for one in ((step,) if offsets else ()) + tuple(self._steps)]
-        return self._line.as_strided(shape, (of_group, *strides, 1), start * self._channels)
+                sizes.append(self._sizes[axis] if self._copies else self._shape[axis + 1])
+        return _Strip(start, sizes, self._steps)
+
+    def _view(self, strip: _Strip) -> Tensor:
+        """``[g, *sizes, channels]``: some of the line."""
+        channels = self._channels
+        strides = (self._line.stride(0), *(step * channels for step in strip.steps), 1)
+        return self._line.as_strided((len(self._line), *strip.sizes, channels), strides, strip.start * channels)
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Some pixels of a line.
+
+    Attributes:
+        start: the first of them.
+        sizes: of first axis, samples, other axes.
+        steps: in pixels, from one to the next along each of these.
+    """
+
+    start: int
+    sizes: list[int]
+    steps: list[int]
+
+    def as_one(self) -> tuple[int, int] | None:
+        """The pixels as a single axis: their number, and the step between them; None where the steps differ."""
+        number, step = 1, 1
+        for size, by in zip(reversed(self.sizes), reversed(self.steps), strict=True):
+            if size > 1 and number > 1 and by != number * step:
+                return None
+            step = by if number == 1 else step
+            number *= size
+        return number, step
 
 
 def _patches(view: ConvView, images: Tensor, dtype: torch.dtype) -> Tensor:

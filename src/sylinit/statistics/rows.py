@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,12 @@ from sylinit.statistics.alignment import Layout, align, has_positions, kept_rows
 from sylinit.statistics.moments import CHUNK, Covariance, Moments, sample_index
 from sylinit.statistics.patch_moments import equal_cost_share, patch_moments, serves
 
+NONE = torch.zeros(0)
+"""The mean of no targets."""
+
+ALL = torch.ones(())
+"""The share of what is known where all of it is."""
+
 
 @dataclass(frozen=True)
 class Known:
@@ -30,14 +36,16 @@ class Known:
         masks: by batch, bool ``[samples, length]``, true where there is data; None where all of it is.
         sizes: number of samples by batch.
         labeled_only: whether rows without any label are left out.
+        gaps: whether any target may be missing.
     """
 
     vectors: tuple[Tensor, ...] = ()
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
-    share: Tensor = field(default_factory=lambda: torch.ones(()))
+    mean: Tensor = NONE
+    share: Tensor = ALL
     masks: tuple[Tensor | None, ...] = ()
     sizes: tuple[int, ...] = ()
     labeled_only: bool = False
+    gaps: bool = True
 
     @property
     def width(self) -> int:
@@ -47,12 +55,13 @@ class Known:
     def filled(self, targets: Tensor) -> Tensor:
         """Targets with the mean in the place of those that are missing.
 
-        What is known then counts for what is not: its deviations are divided by its share, so that the covariance with
-        the rows is that of complete targets.
+        Where rows without any label are left out, what is known counts for what is not: its deviations are divided by
+        its share, so that the covariance with the rows is that of complete targets.
         """
-        mean, missing = self.mean.to(targets), targets.isnan()
-        complete = mean + (targets - mean) / self.share.to(targets).clamp(min=1e-9)
-        return torch.where(missing, mean, complete if self.labeled_only else targets)
+        mean, known = self.mean.to(targets), targets
+        if self.labeled_only:
+            known = mean + (targets - mean) / self.share.to(targets).clamp(min=1e-9)
+        return torch.where(targets.isnan(), mean, known) if self.gaps else known
 
     def matched(self, batch: int, lead: tuple[int, ...], layout: Layout | None) -> Layout | None:
         """Where a batch's samples lie in the rows; None where that, or a head's position, cannot be told."""
@@ -69,7 +78,7 @@ class Known:
             return None
         mask = self.masks[batch] if self.masks else None
         rows = None if mask is None else kept_rows(mask, lead, layout)
-        if not (self.labeled_only and self.vectors):
+        if not (self.labeled_only and self.vectors and self.gaps):
             return rows
         missing = self.vectors[batch].isnan().all(-1, keepdim=True)
         if not bool(missing.any()):
@@ -161,12 +170,12 @@ class Rows:
             for part in self.parts:
                 if part.shared is not None:
                     continue
-                for rows, piece in _pieces(self.view, part):
-                    sums.update(self.transformed(rows), None if part.targets is None else part.targets[piece])
+                for rows, targets in _pieces(self.view, part):
+                    sums.update(self.transformed(rows), targets)
             return sums
 
         cov = self.processes.together(local).reduce(self.processes.sum_).covariance()
-        if not math.isfinite(float(cov.variance.sum())):  # what is not finite shows in its own square
+        if not math.isfinite(cov.sizes.rows):  # what is not finite shows in its own square
             raise SylinitError(not_finite(self.name))
         return cov
 
@@ -267,17 +276,17 @@ def _without_targets(part: Part, device: torch.device) -> Part:
     return replace(part, targets=None, shared=none)
 
 
-def _pieces(view: LayerView, part: Part) -> Iterator[tuple[Tensor, slice]]:
-    """A batch's rows in pieces of bounded size."""
+def _pieces(view: LayerView, part: Part) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A batch's rows and their targets in pieces of bounded size."""
     step = max(1, 4 * CHUNK // (view.groups * view.dim))
-    if part.index is None and part.count <= step:
-        yield view.rows(part.x, None), slice(None)
+    if part.count <= step:
+        yield view.rows(part.x, part.index), part.targets
         return
+    device = (part.x[0] if isinstance(part.x, tuple) else part.x).device
+    index = torch.arange(part.count, device=device) if part.index is None else part.index
     for start in range(0, part.count, step):
-        piece = slice(start, min(start + step, part.count))
-        device = (part.x[0] if isinstance(part.x, tuple) else part.x).device
-        chosen = torch.arange(piece.start, piece.stop, device=device) if part.index is None else part.index[piece]
-        yield view.rows(part.x, chosen), piece
+        piece = slice(start, start + step)
+        yield view.rows(part.x, index[piece]), None if part.targets is None else part.targets[piece]
 
 
 def require_finite(name: str, x: Any) -> None:
