@@ -160,10 +160,10 @@ def _in_a_line(error: Exception) -> str:
 def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
     """The plans of the recipes to try, without those that do the same as an earlier one."""
     found: dict[str, Plan] = {}
-    known: set[frozenset[tuple[str, Code]]] = set()
+    known: set[frozenset[tuple[str, Code, float]]] = set()
     for recipe in TRIED:
         each = plan if recipe is FALLBACK else plan_of(recipe)
-        does = frozenset((site.name, site.code) for site in each.sites if isinstance(site, MatrixSite))
+        does = frozenset((site.name, site.code, site.deviation) for site in each.sites if isinstance(site, MatrixSite))
         if does not in known:
             known.add(does)
             found[recipe.name] = each

@@ -14,6 +14,7 @@ from sylinit.data.calibration import CalibrationSet
 from sylinit.data.goals import Goal
 from sylinit.data.tasks import configured_task
 from sylinit.errors import ROOT, SylinitError, warn
+from sylinit.layers.attention import AttentionOutputView
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
@@ -84,7 +85,7 @@ def make_plan(
     modules = {name or ROOT: module for name, module in model.named_modules()}
     names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
     chosen = selector(wish.layers, names)
-    code_of = _codes(wish.code, names)
+    code_of, recipe = _codes(wish.code, names), recipe_named(wish.code)
     asked = _asked_task(wish, model, data)
     heads = find_heads(views, wish.head, asked, wish.classes, names, data, trace)
     if asked != wish.task and heads.task.name == asked:
@@ -133,7 +134,8 @@ def make_plan(
             left.append(LayerReport(view.name, view.kind, "left alone", "the recipe keeps it as it came"))
             continue
         code = _with_targets(code, view.name, heads.told)
-        sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry))
+        deviation = recipe.ends if recipe and _ends_branch(view, trace) else 1.0
+        sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry, deviation))
     if not wish.heads_only:  # a quantized body is no hindrance to its head
         _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]
@@ -315,6 +317,12 @@ def _depends_on_the_cut(modules: dict[str, nn.Module]) -> list[str]:
 def _feeds_normalization(view: LayerView) -> bool:
     """Whether a layer's outputs feed a normalization: a convolution without a bias is taken to."""
     return isinstance(view, ConvView) and not view.has_bias
+
+
+def _ends_branch(view: LayerView, trace: Trace) -> bool:
+    """Whether what a Linear layer, or attention's last projection, makes is added to a residual stream."""
+    inside = isinstance(view.module, nn.MultiheadAttention) and not isinstance(view, AttentionOutputView)
+    return module_name(view) in trace.ends and not inside and not isinstance(view, ConvView)
 
 
 def _codes(code: Any, names: list[str]) -> Callable[[LayerView, bool], Code | None]:

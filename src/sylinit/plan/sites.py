@@ -90,6 +90,7 @@ class MatrixSite:
         role: what its outputs are.
         goal: what is known of the samples: of a head, what it is to predict.
         entry: whether it reads the user's data before any layer has changed it.
+        deviation: of its units' outputs, over that of all other units.
     """
 
     view: LayerView
@@ -97,6 +98,7 @@ class MatrixSite:
     role: Role
     goal: Goal | None = None
     entry: bool = False
+    deviation: float = 1.0
 
     @property
     def name(self) -> str:
@@ -174,7 +176,7 @@ class MatrixSite:
         source = scaled or rows
         problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept)
         fit = solve(source, problem, context.config)
-        fit = context.processes.together(lambda: rescale(fit, self.role, context.config))
+        fit = context.processes.together(lambda: rescale(fit, self.role, context.config, self.deviation))
         promise = None
         if self.is_head:
             fit = self._with_constant_outputs(fit, outputs, context)

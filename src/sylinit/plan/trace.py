@@ -3,7 +3,8 @@
 Nothing is read off a class or an order of registration that the run itself can show:
 
 * whether a module's output is ``rows(x) @ weight.mT + bias`` is compared on the rows of its first call;
-* the layers that produced the model's output are found by following tensors through every operation;
+* the layers that produced the model's output, and those that end a residual branch, are found by following tensors
+  through every operation;
 * where the samples lie in a layer's rows is seen by changing one sample and looking which rows change;
 * whether the output is that of one position of a sequence is seen by looking for it among all.
 """
@@ -79,6 +80,7 @@ class Trace:
         shapes: by module, the shape of its first output.
         sample_bytes: of the largest output of a module, for each sample.
         entries: modules that read the model's input before any layer has changed it.
+        ends: modules that end a residual branch: what they make is added to what they were made from.
         made: names of modules that the forward pass created.
         picked: modules that give outputs at each position, of which the model's output is one for each sample, or in
             several streams, of which it is one.
@@ -91,6 +93,7 @@ class Trace:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sample_bytes: int = 0
     entries: set[str] = field(default_factory=set)
+    ends: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
     picked: set[str] = field(default_factory=set)
 
@@ -126,6 +129,7 @@ def trace(
             for name in described.made_by
             if picked(watch.given.get(name), tensor) is not None
         }
+    found.ends = watch.ends
     found.sample_bytes = max((tensor.nbytes for tensor in watch.given.values()), default=0) // max(samples, 1)
     found.made = [name for name, module in model.named_modules() if known.get(name) is not module]
     rewind()
@@ -282,6 +286,11 @@ class _Watch(_Inputs):
             self._follow.__exit__(None, None, None)
         super()._stop()
 
+    @property
+    def ends(self) -> set[str]:
+        """The modules that end a residual branch."""
+        return self._follow.ends
+
     def described(self, tensor: Tensor) -> Output:
         """One tensor of the model's output."""
         makers = self._follow.made_by(tensor)
@@ -304,7 +313,7 @@ class _Watch(_Inputs):
                     self.found.order.append(candidate.name)
                     if isinstance(given, Tensor):
                         self.found.shapes[candidate.name] = tuple(given.shape)
-                    if not any(self._follow.made_by(tensor) for tensor in tensors((args, kwargs))):
+                    if not self._follow.arrive(candidate.name, tensors((args, kwargs))):
                         self.found.entries.add(candidate.name)
                     if number >= 0:
                         self.keep(candidate.hypotheses[number], args, kwargs, given)
@@ -335,15 +344,24 @@ RECTIFIERS = ("relu", "gelu", "silu", "elu", "leaky_relu", "hardswish", "hardtan
 BEHIND = {**dict.fromkeys(RECTIFIERS, RECTIFIER), **dict.fromkeys(("sigmoid", "_softmax"), PROBABILITY)}
 """What an operation makes of a layer's outputs."""
 
+ADDITIONS = ("add.Tensor", "add_.Tensor")
+"""Operations that join a residual branch to its stream."""
+
 Maker = tuple[str, str]
 """The name of a module, and what of `BEHIND` came behind it last, "" for nothing."""
 
 
 class _Follow(TorchDispatchMode):
-    """Tells of each tensor which modules it was made by without another layer in between."""
+    """Tells of each tensor which modules it was made by without another layer in between.
+
+    Attributes:
+        ends: modules whose outputs were added to what their inputs were made of.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.ends: set[str] = set()
+        self._before: dict[str, frozenset[str]] = {}  # by module, all modules that its input was made by
         self._made_by: dict[int, frozenset[Maker]] = {}
         self._alive: list[UntypedStorage] = []  # so that no other storage gets the number of a former one
         self._paused = False
@@ -358,6 +376,12 @@ class _Follow(TorchDispatchMode):
             self._made_by[storage._cdata] = frozenset(((name, ""),))
             self._alive.append(storage)
 
+    def arrive(self, name: str, inputs: Iterator[Tensor]) -> bool:
+        """Note what a module reads, and return whether any module made it."""
+        makers = frozenset(maker for tensor in inputs for maker, _ in self.made_by(tensor))
+        self._before[name] = makers.union(*(self._before.get(maker, frozenset()) for maker in makers))
+        return bool(makers)
+
     def made_by(self, tensor: Tensor) -> frozenset[Maker]:
         """Of which modules' outputs a tensor was made."""
         return frozenset().union(*(self._made_by.get(storage._cdata, frozenset()) for storage in _storages(tensor)))
@@ -368,6 +392,8 @@ class _Follow(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ADDITIONS and not self._paused:
+            self._add(*args[:2])
         result = func(*args, **(kwargs or {}))
         if self._paused:
             return result
@@ -383,6 +409,16 @@ class _Follow(TorchDispatchMode):
                 elif not sources and storage._cdata not in read:
                     self._made_by.pop(storage._cdata, None)
         return result
+
+    def _add(self, first: Any, second: Any) -> None:
+        """Of a sum of two tensors, look whether one was made from the other."""
+        if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape):
+            return
+        for stream, branch in ((first, second), (second, first)):
+            from_here = {name for name, _ in self.made_by(stream)}
+            ends = {name for name, behind in self.made_by(branch) if not behind}
+            if from_here and ends and all(from_here <= self._before.get(name, frozenset()) for name in ends):
+                self.ends |= ends
 
     class _Pause:
         def __init__(self, follow: _Follow) -> None:

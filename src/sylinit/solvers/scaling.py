@@ -13,7 +13,7 @@ from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Role
 
 
-def rescale(fit: Fit, role: Role, config: Config) -> Fit:
+def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0) -> Fit:
     """Scale each unit of a solution and give it the bias that centers it.
 
     * "units": output variance `Config.variance`, by ``w sqrt(variance) / s`` with
@@ -26,6 +26,7 @@ def rescale(fit: Fit, role: Role, config: Config) -> Fit:
         fit: as a solver returned it.
         role: what the outputs are.
         config: the constants of the method.
+        deviation: of "units", over what `Config.variance` gives.
 
     Returns:
         The fit with ``weight [g, k, d]``, bias, dead units and rank.
@@ -49,7 +50,7 @@ def rescale(fit: Fit, role: Role, config: Config) -> Fit:
             factor = config.filter_length / length.masked_fill_(dead, 1)
         else:
             floor = config.variance_floor * cov.variance.unsqueeze(1) * length.square()
-            factor = torch.maximum(spread, floor).clamp_(min=tiny).rsqrt_().mul_(config.variance**0.5)
+            factor = torch.maximum(spread, floor).clamp_(min=tiny).rsqrt_().mul_(deviation * config.variance**0.5)
     weight = weight * factor.unsqueeze(2)
     rank = numerical_rank(weight)
     weight = cov.from_coordinates(weight)
