@@ -80,7 +80,8 @@ class Trace:
         shapes: by module, the shape of its first output.
         sample_bytes: of the largest output of a module, for each sample.
         entries: modules that read the model's input before any layer has changed it.
-        ends: modules that end a residual branch: what they make is added to what they were made from.
+        ends: modules that end a residual branch: what they make is added to what they were made from, the output of
+            another module.
         made: names of modules that the forward pass created.
         picked: modules that give outputs at each position, of which the model's output is one for each sample, or in
             several streams, of which it is one.
