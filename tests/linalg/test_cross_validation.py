@@ -36,7 +36,7 @@ def head_weight(x: Tensor, y: Tensor) -> float:
 
 
 def scaled_code(x: Tensor, y: Tensor) -> Tensor:
-    """Centred one-hot labels at the root mean square of the centered rows."""
+    """Centered one-hot labels at the root mean square of the centered rows."""
     s = nn.functional.one_hot(y).double()
     s = s - s.mean(0)
     return s * (x - x.mean(0)).square().mean().sqrt() / s.square().mean().sqrt()
