@@ -75,7 +75,7 @@ class Moments:
         for start in range(0, count, step):
             piece = slice(start, start + step)
             x = rows[:, piece].to(self.xx.dtype, memory_format=torch.contiguous_format)
-            self.xs += torch.bmm(x.mT, s[piece].to(x).expand(groups, -1, -1))
+            self.xs += torch.bmm(s[piece].to(x).T.expand(groups, -1, -1), x).mT  # in this order three times as fast
             if dim <= BLOCK:
                 self.xx.baddbmm_(x.mT, x)
             else:
