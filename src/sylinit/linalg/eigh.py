@@ -69,7 +69,7 @@ def bordered_eigh(matrix: Tensor, border: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def robust_rank(matrix: Tensor, tolerance: float) -> Tensor:
-    """The numerical rank of symmetric positive semidefinite matrices, in a fifth of the time of their eigenvalues.
+    """The rank of symmetric positive semidefinite matrices, all together, in a fifth of the time of their eigenvalues.
 
     As many eigenvalues are above a limit as are positive in D, where ``L D L^T`` is the matrix less that limit
     (Sylvester's law of inertia). Of a block of D of two by two, one is positive and one negative.
@@ -79,16 +79,16 @@ def robust_rank(matrix: Tensor, tolerance: float) -> Tensor:
         tolerance: eigenvalues count above this share of the largest; in large matrices, of the Frobenius norm.
 
     Returns:
-        ``[g]``, int64.
+        The sum of the matrices' numerical ranks, a float64 scalar.
     """
     if matrix.shape[-1] < LARGE:
         values = _first(torch.linalg.eigvalsh, matrix)[0]
-        return (values > tolerance * values[:, -1:]).sum(1)
+        return (values > tolerance * values[:, -1:]).sum(dtype=torch.float64)
     less = matrix.clone()
     less.diagonal(dim1=1, dim2=2).sub_(tolerance * torch.linalg.vector_norm(matrix, dim=(1, 2)).unsqueeze(1))
     factor, pivots, _ = torch.linalg.ldl_factor_ex(less)
     positive = (factor.diagonal(dim1=1, dim2=2) > 0) & (pivots > 0)
-    return positive.sum(1) + (pivots < 0).sum(1) // 2
+    return positive.sum(dtype=torch.float64) + (pivots < 0).sum() / 2
 
 
 def _first(decompose: Callable[[Tensor], T], matrix: Tensor) -> tuple[T, bool]:

@@ -51,17 +51,17 @@ def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -
     """Draw the code of a layer and form its equation."""
     code = _code(problem, axes, config)
     on_x, on_t, border, units = code.on_x, code.on_t, code.border, None
-    share = 1.0
     if on_x.shape[1] > on_x.shape[2] + on_t.shape[2]:
         units, made_of = torch.linalg.qr(torch.cat([on_x, on_t], 2))
         border = None
-        share = made_of.shape[1] / on_x.shape[1]
         on_x, on_t = made_of.split([on_x.shape[2], on_t.shape[2]], 2)
     cross = torch.baddbmm(on_x * axes.variances.unsqueeze(1), on_t, axes.xt.mT)
     on_target = torch.baddbmm(torch.bmm(on_x, axes.xt), on_t, axes.tt.expand(len(on_t), -1, -1))  # S t^T
     gram = torch.baddbmm(torch.bmm(on_target, on_t.mT), cross, on_x.mT)
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).mul_(share).clamp_(min=_TINY)
-    square = (cov.variance / size).clamp_(min=0).view(-1, 1, 1)
+    size = gram.diagonal(dim1=1, dim2=2).mean(1)
+    if units is not None:
+        size.mul_(units.shape[2] / units.shape[1])  # the mean over all units
+    square = (cov.variance / size.clamp_(min=_TINY)).clamp_(min=0).view(-1, 1, 1)
     scale = square.sqrt()
     return Equation(LinearCode(on_x, on_t, border), scale, gram.mul_(square), cross.mul_(scale), units)
 

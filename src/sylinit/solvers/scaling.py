@@ -60,4 +60,4 @@ def rescale(fit: Fit, role: Role, config: Config) -> Fit:
 def numerical_rank(weight: Tensor) -> Tensor:
     """Numerical rank of ``[g, k, d]``, summed over groups: of the smaller of the two Gram matrices, to 1e-10."""
     small = weight if weight.shape[1] <= weight.shape[2] else weight.mT
-    return robust_rank(torch.bmm(small, small.mT), 1e-10).sum(dtype=torch.float64)
+    return robust_rank(torch.bmm(small, small.mT), 1e-10)
