@@ -19,10 +19,18 @@ from sylinit.statistics.axes import Axes
 
 @dataclass(frozen=True)
 class LinearCode:
-    """The code ``S = on_x x' + on_t t``: ``on_x [g, k, r]`` in principal axes, ``on_t [g, k, c]``."""
+    """The code ``S = on_x x' + on_t t``.
+
+    Attributes:
+        on_x: ``[g, k, r]``, in principal axes.
+        on_t: ``[g, k, c]``.
+        border: places ``[m]``, on the CPU, of units; all others have the same variance and do not correlate. None where
+            that is not known.
+    """
 
     on_x: Tensor
     on_t: Tensor
+    border: Tensor | None = None
 
 
 def linear_code(
@@ -235,7 +243,8 @@ def principal_and_label_units(
     on_x = principal_units(axes, mixture.rank.to(device), mixture.last, generator, white=True)
     on_x = torch.where(is_label, few_directions(axes, units, label_share, space, generator, config), on_x)
     on_t = on_x.new_zeros(groups * units, axes.tt.shape[-1]).index_copy_(0, labels, directions)
-    return LinearCode(on_x, on_t.view(groups, units, -1))
+    border = mixture.labels if groups == 1 and mixture.last < axes.ranks[0] else None
+    return LinearCode(on_x, on_t.view(groups, units, -1), border)
 
 
 def mixed(label_share: float | None = None) -> Code:

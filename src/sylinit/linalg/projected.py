@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sylinit.linalg.conjugate_gradients import conjugate_gradients
-from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.eigh import bordered_eigh
 from sylinit.linalg.subspace import Subspace
 from sylinit.linalg.sylvester import pair_inverse
 
@@ -53,6 +53,7 @@ def solve_projected(
     tolerance: float = 1e-3,
     max_steps: int = 30,
     shared_factor_inputs: int = 24,
+    border: Tensor | None = None,
 ) -> Approximation:
     """Solve ``A W + W (lambda Cov) = C`` to a relative residual of ``tolerance``.
 
@@ -65,11 +66,12 @@ def solve_projected(
         tolerance: where to stop; float32 reaches about 1e-5.
         max_steps: where to give up. The residual tells whether it came to that: solve exactly then.
         shared_factor_inputs: one factorization is taken for more than d over this many units that share a system.
+        border: see `bordered_eigh`, of ``A``.
 
     Returns:
         The solution in the dtype of ``c``, and its true residual.
     """
-    a, u = robust_eigh(a.double())
+    a, u = (part.squeeze(0) for part in bordered_eigh(a.double().unsqueeze(0), border))
     *values, norm, total = torch.cat([a, c.norm().double().view(1), subspace.total.view(1)]).tolist()
     unit = sum(values) / len(c) + encoding_weight * total / len(covariance) or 1.0
     norm = norm or 1.0

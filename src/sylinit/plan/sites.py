@@ -239,14 +239,15 @@ class MatrixSite:
         complete = self.goal.task.classes or bool((self.goal.share == 1).all())
         if not source.width or source.count > PROMISED_ROWS or not complete:
             return Promise()
-        x, t = source.rows()
-        y = (x.double() @ fit.weight.mT + fit.bias.unsqueeze(1))[0]
+        rows, t = source.rows()
+        x = rows[0].double()
+        y = torch.addmm(fit.bias, x, fit.weight[0].T)
         value = fitted_score(self.goal, y, t).value
         if source.count != context.data.samples or self.goal.task.positions:
             return Promise(value)
-        penalty = _ridge(x[0], t, self.goal, fit.encoding_weight, intercept=self.intercept)
+        penalty = _ridge(x, t, self.goal, fit.encoding_weight, intercept=self.intercept)
         wanted = t - t.mean(0) if self.role == "logits" else t
-        left_out = leave_one_out(x[0], wanted, penalty, intercept=self.intercept)
+        left_out = leave_one_out(x, wanted, penalty, intercept=self.intercept)
         if self.role == "logits":
             if self.intercept:  # a head does not say how frequent its classes are, and then nor does it of the others
                 left_out = left_out + wanted / (len(wanted) - 1)
@@ -434,8 +435,8 @@ def _ridge(x: Tensor, t: Tensor, goal: Goal, encoding_weight: float, *, intercep
     """
     classes = t.shape[1] if goal.task.classes else 0
     share = classes / (classes - 1) if classes > 1 else 1.0
-    size = x.double().var(0, correction=0) if intercept else x.double().square().mean(0)
-    return size.mean() * share / max(encoding_weight, 1e-12)
+    centered = x - x.mean(0) if intercept else x
+    return centered.square().mean() * share / max(encoding_weight, 1e-12)
 
 
 def _row_budget(dim: int, needs: str, total: int, share_for_all: float | None, config: Config) -> int | None:

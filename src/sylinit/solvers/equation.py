@@ -10,7 +10,7 @@ from torch import Tensor
 from sylinit.codes.linear import LinearCode, linear_code
 from sylinit.config import Config
 from sylinit.linalg.cross_validation import least_error_weight
-from sylinit.linalg.eigh import robust_eigh
+from sylinit.linalg.eigh import bordered_eigh
 from sylinit.linalg.sylvester import pair_inverse
 from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
@@ -50,19 +50,20 @@ class Equation:
 def equation_of(problem: Problem, axes: Axes, cov: Covariance, config: Config) -> Equation:
     """Draw the code of a layer and form its equation."""
     code = _code(problem, axes, config)
-    on_x, on_t, units = code.on_x, code.on_t, None
-    share = 1.0
+    on_x, on_t, border, units = code.on_x, code.on_t, code.border, None
     if on_x.shape[1] > on_x.shape[2] + on_t.shape[2]:
         units, made_of = torch.linalg.qr(torch.cat([on_x, on_t], 2))
-        share = made_of.shape[1] / on_x.shape[1]
+        border = None
         on_x, on_t = made_of.split([on_x.shape[2], on_t.shape[2]], 2)
     cross = torch.baddbmm(on_x * axes.variances.unsqueeze(1), on_t, axes.xt.mT)
     on_target = torch.baddbmm(torch.bmm(on_x, axes.xt), on_t, axes.tt.expand(len(on_t), -1, -1))  # S t^T
     gram = torch.baddbmm(torch.bmm(on_target, on_t.mT), cross, on_x.mT)
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).mul_(share).clamp_(min=_TINY)
-    square = (cov.variance / size).clamp_(min=0).view(-1, 1, 1)
+    size = gram.diagonal(dim1=1, dim2=2).mean(1)
+    if units is not None:
+        size.mul_(units.shape[2] / units.shape[1])  # the mean over all units
+    square = (cov.variance / size.clamp_(min=_TINY)).clamp_(min=0).view(-1, 1, 1)
     scale = square.sqrt()
-    return Equation(LinearCode(on_x, on_t), scale, gram.mul_(square), cross.mul_(scale), units)
+    return Equation(LinearCode(on_x, on_t, border), scale, gram.mul_(square), cross.mul_(scale), units)
 
 
 def solve_in_axes(
@@ -73,7 +74,7 @@ def solve_in_axes(
     Returns:
         ``W``, ``[g, k, r]``, and lambda.
     """
-    a, u = robust_eigh(equation.gram)
+    a, u = bordered_eigh(equation.gram, equation.code.border)
     cross, encoding_weight = torch.bmm(u.mT, equation.cross), problem.encoding_weight(config)
     if encoding_weight is None:
         errors = config.value_standard_errors if problem.role == "values" else 0.0

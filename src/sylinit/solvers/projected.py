@@ -80,6 +80,7 @@ def fit_projected(cov: Covariance, problem: Problem, config: Config) -> Fit | De
             tolerance=config.residual_tolerance,
             max_steps=config.max_steps,
             shared_factor_inputs=config.shared_factor_inputs,
+            border=code.border,
         )
         for a, xx, c, subspace in zip(gram, cov.xx, right, found, strict=True)
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sylinit.config import Config
-from sylinit.linalg.eigh import robust_eigvalsh
+from sylinit.linalg.eigh import robust_rank
 from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Role
 
@@ -59,7 +59,6 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0) -> Fit
 
 
 def numerical_rank(weight: Tensor) -> Tensor:
-    """Numerical rank of ``[g, k, d]``, summed over groups, from the smaller of the two Gram matrices."""
+    """Numerical rank of ``[g, k, d]``, summed over groups: of the smaller of the two Gram matrices, to 1e-10."""
     small = weight if weight.shape[1] <= weight.shape[2] else weight.mT
-    values = robust_eigvalsh(torch.bmm(small, small.mT))
-    return (values > 1e-10 * values[:, -1:]).sum(dtype=torch.float64)
+    return robust_rank(torch.bmm(small, small.mT), 1e-10)
