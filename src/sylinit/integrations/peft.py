@@ -47,7 +47,7 @@ from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Problem
 from sylinit.solvers.scaling import rescale
 from sylinit.solvers.solve import solve
-from sylinit.statistics.moments import Covariance, Moments
+from sylinit.statistics.moments import CHUNK, Covariance, Moments
 from sylinit.statistics.rows import Known, collect, not_finite
 
 require("peft", "peft", "sylinit.integrations.peft")
@@ -68,9 +68,6 @@ the ratio of a variance beyond the subspace to the last one that is wanted: to 1
 
 PADDED = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 """Keys of a batch whose second dimension is that of the padding mask."""
-
-PIECE = 1 << 19
-"""Numbers of a layer's input that are taken into its moments at once: a few MiB beside the moments themselves."""
 
 SHIFT_ROWS = 256
 """So many rows tell about where the mean of all is."""
@@ -635,7 +632,7 @@ class _Run:
         sums.told &= rows.width == self.width
         for part in rows.parts:
             given = part.row_targets(view) if rows.width else known.mean.expand(part.count, -1)
-            step = max(1, PIECE // (view.groups * view.dim))
+            step = max(1, CHUNK // (view.groups * view.dim))
             for start in range(0, part.count, step):
                 end = min(start + step, part.count)
                 index = torch.arange(start, end, device=x.device) if part.index is None else part.index[start:end]
