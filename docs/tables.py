@@ -422,6 +422,9 @@ def numbers() -> dict[str, str]:
         for place, mark in enumerate((0, 10, 30, 100)):
             best = max(curve[place] for arm, curve in curves.items() if arm[::2] == ("5", head))
             found[f"adapters_5_best_{head}_{mark}"] = f"{100 * best:.1f}"
+        for other in ("default", "eva"):
+            pairs = zip(curves["5", "label", head], curves["5", other, head], (0, 10, 30, 100), strict=True)
+            found |= {f"adapters_label_over_{other}_{head}_{mark}": f"{100 * (a - b):.1f}" for a, b, mark in pairs}
     found["adapters_seeds"] = str(len(adapter_curves("banking77")["5", "default", "random"]))
     spent = adapter_costs()
     found |= {f"adapters_seconds_{name.replace(' ', '_')}": f"{each['processor']:.1f}" for name, each in spent.items()}
