@@ -329,6 +329,8 @@ def adapters() -> str:
 def adapters_causal() -> str:
     """Loss of a causal language model on held-out text."""
     found = {arm[0]: means(curves) for arm, curves in adapter_curves("causal").items() if curves}
+    if not found:
+        return "Not measured yet: `python benchmarks/adapters.py causal` writes the rows.\n"
     body = [[name, *(f"{value:.3f}" for value in found[arm])] for arm, name in ADAPTERS.items() if arm in found]
     return markdown(["adapters", *MARKS], body)
 
