@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import adapter_tables
 import command_line
 import study_tables
 import suite_tables
@@ -224,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "tasks": tasks,
     "estimators": estimators,
+    **adapter_tables.TABLES,
     **study_tables.TABLES,
     **suite_tables.TABLES,
 }
@@ -232,7 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def numbers() -> dict[str, str]:
     """What pages say in words, as ``{{ name }}``."""
-    found = study_tables.numbers() | suite_tables.numbers()
+    found = adapter_tables.numbers() | study_tables.numbers() | suite_tables.numbers()
     for data in DATA:
         for model in NETWORKS:
             for shots in SHOTS:

@@ -1,4 +1,4 @@
-"""The Lightning callback: once before the first step, on one device and with DDP, never on resume."""
+"""The Lightning callback: once before the first step, on one device, with DDP and sharded, never on resume."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import sylinit
 from conftest import small_mlp, vectors
 
 lightning = pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # noqa: E402
 
 from sylinit.integrations.lightning import SylvesterInitialization  # noqa: E402
 
@@ -144,20 +150,48 @@ def test_what_cannot_be_served_is_refused_with_the_remedy(tmp_path):
         SylvesterInitialization(forward="step")
 
 
-def two_processes(folder: Path) -> None:
+class Sharded(Module):
+    """Cut over the processes by `fully_shard`, layer by layer."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (*(layer for layer in self.net if isinstance(layer, nn.Linear)), self.net):
+            fully_shard(layer, mesh=mesh)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)  # Lightning wants a state to restore
+
+
+def strategy(kind: str) -> Any:
+    """That of Lightning by its name here."""
+    if kind == "ddp":
+        return kind
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    return ModelParallelStrategy(**sizes, process_group_backend="gloo", save_distributed_checkpoint=False)
+
+
+def two_processes(kind: str, folder: Path) -> None:
     """What each of the two processes runs."""
     lightning.seed_everything(int(os.environ.get("LOCAL_RANK", 0)))  # the modules differ until DDP makes them equal
-    callback, module = SylvesterInitialization(), Module()
-    own = trainer(folder, callback, strategy="ddp", devices=2)
+    callback, module = SylvesterInitialization(), {"ddp": Module, "sharded": Sharded}[kind]()
+    own = trainer(folder, callback, strategy=strategy(kind), devices=2)
     own.fit(module, loader())
-    torch.save((module.net.state_dict(), callback.report.samples), folder / f"{own.global_rank}.pt")
+    state = module.net.state_dict()
+    state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    torch.save((state, callback.report.samples), folder / f"{own.global_rank}.pt")
+    own.save_checkpoint(folder / "two.ckpt")
+    again = SylvesterInitialization()
+    own = trainer(folder, again, strategy=strategy(kind), devices=2, max_steps=3)
+    own.fit(type(module)(), loader(), ckpt_path=folder / "two.ckpt")
+    assert again.report is None
 
 
 @pytest.mark.slow
-def test_two_processes_read_their_shares_and_end_with_equal_weights(tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_two_processes_read_their_shares_and_end_with_equal_weights(kind, tmp_path):
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, kind, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (first, count), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -171,5 +205,24 @@ def test_two_processes_read_their_shares_and_end_with_equal_weights(tmp_path):
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_fsdp_strategy_initializes_before_it_wraps_the_module_and_not_again():
+    """The two hooks by hand: Lightning runs this strategy on CUDA only."""
+    setting = {"strategy": FSDPStrategy(), "ckpt_path": None, "world_size": 1, "global_step": 0}
+    own, module = SimpleNamespace(**setting), Module()
+    with pytest.raises(sylinit.SylinitError, match="pass batches="):
+        SylvesterInitialization().setup(own, module, "fit")
+    callback = SylvesterInitialization(batches=[vectors(40)])
+    callback.setup(own, module, "validate")
+    assert callback.report is None
+    callback.setup(own, module, "fit")
+    first = callback.report
+    assert first.samples == 40
+    callback.on_train_start(own, module)
+    assert callback.report is first
+    resumed = SylvesterInitialization(batches=[vectors(40)])
+    resumed.setup(SimpleNamespace(**{**setting, "ckpt_path": "two.ckpt"}), Module(), "fit")
+    assert resumed.report is None
+
+
 if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]))
+    two_processes(sys.argv[1], Path(sys.argv[2]))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import datetime
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 import sylinit
@@ -16,6 +20,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from sylinit.integrations.peft import adapter_state_dict, initialize_adapters_  # noqa: E402
+from sylinit.runtime.transaction import Transaction  # noqa: E402
 
 EXACT = sylinit.Config(solver="exact", rows="all")
 PROJECTIONS = ["query", "key", "value", "dense"]
@@ -397,3 +402,106 @@ def test_peft_takes_the_state_dict_as_its_own():
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(sylinit.SylinitError, match="expected a PEFT model"):
         initialize_adapters_(bert(), sentences())
+
+
+def test_a_frozen_backbone_is_not_copied():
+    model = adapted(bert(), target_modules=["query"])
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    copied = sum(before.numel() for _, before in Transaction(model, None)._numbers)
+    assert copied < 0.2 * frozen
+
+
+LENGTHS = torch.tensor([2 + (5 * number) % 14 for number in range(48)])
+
+
+def of_lengths(width: int = 16) -> list[dict]:
+    """One sentence of each of `LENGTHS`, padded with words that would show if they were read."""
+    ids = torch.randint(1, 40, (len(LENGTHS), width), generator=torch.Generator().manual_seed(1))
+    there = (torch.arange(width) < LENGTHS.unsqueeze(1)).long()
+    parts = {"input_ids": ids, "attention_mask": there, "labels": LENGTHS % 3}
+    return [{key: part[start : start + 16] for key, part in parts.items()} for start in (0, 16, 32)]
+
+
+def shapes_met(model: nn.Module) -> list[torch.Size]:
+    """Grows by the shape of each batch that runs, the first of which tells who shares an input."""
+    met: list[torch.Size] = []
+    model.base_model.model.bert.embeddings.register_forward_hook(lambda module, args, out: met.append(out.shape[:2]))
+    return met
+
+
+@pytest.mark.parametrize("code", ["pca", "mixed", "label"])
+def test_padded_sequences_run_by_length_and_give_the_same(code):
+    batches, models = of_lengths(), [adapted(bert(), r=2) for _ in range(2)]  # as many units as the labels tell
+    shapes = shapes_met(models[0])
+    initialize_adapters_(models[0], batches, code=code, head=False)
+    assert shapes[1:] == [(16, 6), (16, 11), (16, 15)]
+    alone = [
+        {key: part[:, :length] if part.ndim > 1 else part for key, part in select(batches[i // 16], i % 16).items()}
+        for i, length in enumerate(LENGTHS.tolist())
+    ]
+    initialize_adapters_(models[1], alone, code=code, head=False)
+    for name, weight in lora_a(models[0]).items():
+        # moments are in float32, and these inputs' variances span four decades: label units feel it
+        assert angle(weight, lora_a(models[1])[name]) < (1e-3 if code == "pca" else 1e-2)
+
+
+def select(batch: dict, place: int) -> dict:
+    return {key: part[place : place + 1] for key, part in batch.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: {**batch, "attention_mask": batch["attention_mask"].flip(1)},
+        lambda batch: {key: part for key, part in batch.items() if key != "attention_mask"},
+        lambda batch: {**batch, "tags": torch.ones_like(batch["input_ids"])},
+    ],
+    ids=["padded at the front", "no mask", "something else as long"],
+)
+def test_what_may_hold_more_than_padding_stays_as_it_is_cut(change):
+    model = adapted(bert())
+    shapes = shapes_met(model)
+    initialize_adapters_(model, [change(batch) for batch in of_lengths()], code="pca", head=False)
+    assert shapes[1:] == [(16, 16)] * 3
+
+
+def test_labels_of_tokens_are_cut_like_their_tokens():
+    model = adapted(transformers.BertForTokenClassification(bert().config), task_type="TOKEN_CLS")
+    shapes, batches = shapes_met(model), of_lengths()
+    for batch in batches:
+        batch["labels"] = (batch["input_ids"] % 3).where(batch["attention_mask"] == 1, -100)
+    report = initialize_adapters_(model, batches, code="label", head=False)
+    assert len(shapes[1:]) == 3
+    assert min(shape[1] for shape in shapes[1:]) < 16
+    assert {layer.code for layer in report.initialized} == {"label"}
+
+
+def with_adapters(code: str, batches: list[dict], **options) -> tuple[dict[str, torch.Tensor], int]:
+    """Every ``A`` and the head, and the number of samples read."""
+    model = adapted(bert(), r=2, modules_to_save=["classifier"])
+    report = initialize_adapters_(model, batches, code=code, config=EXACT, **options)
+    return {**lora_a(model), "head": model.classifier.modules_to_save["default"].weight.data}, report.samples
+
+
+def share_of(rank: int, folder: Path) -> None:
+    """What one of two processes runs: its share of the sentences."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120))
+    group = dist.group.WORLD
+    made = {code: with_adapters(code, of_lengths()[rank::2], group=group) for code in ("pca", "mixed", "label")}
+    torch.save(made, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_read_their_shares_and_end_with_the_adapters_of_one(tmp_path):
+    mp.spawn(share_of, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for code, (weights, samples) in first.items():
+        assert samples == second[code][1] == len(LENGTHS)
+        batches = of_lengths()
+        expected, _ = with_adapters(code, [batches[0], batches[2], batches[1]])
+        for name, weight in weights.items():
+            assert torch.equal(weight, second[code][0][name])
+            torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=5e-3)

@@ -189,12 +189,20 @@ def _rewritable(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that a forward pass, or a change of mode, may write into; each once."""
     seen: set[int] = set()
     for module in model.modules():
-        switches = type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
+        switches = _switches(type(module))
         parameters = module.parameters(recurse=switches)  # an adapter merges into the layer that it wraps
         for tensor in (*module._buffers.values(), *(p for p in parameters if switches or p.requires_grad)):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
+
+
+def _switches(kind: type[nn.Module]) -> bool:
+    """Whether a class changes its mode in its own way; that of Transformers' models rewrites no parameter."""
+    return any(
+        own is not plain and not own.__module__.startswith("transformers.")
+        for own, plain in ((kind.train, nn.Module.train), (kind.eval, nn.Module.eval))
+    )
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
