@@ -25,3 +25,10 @@ def test_the_cut_changes_nothing():
     norm = nn.BatchNorm2d(6)
     whole, parts = norm_sums(norm, x), sum(norm_sums(norm, part) for part in x.split(7))
     assert torch.allclose(whole, parts, rtol=1e-14)
+
+
+def test_features_without_positions_are_exact_far_from_zero():
+    x = 1e4 + 0.1 * torch.randn(40, 6)
+    norm = nn.BatchNorm1d(6)
+    write_statistics(norm, norm_sums(norm, x))
+    assert torch.allclose(norm.running_var.double(), x.double().var(0), rtol=1e-5)

@@ -55,6 +55,18 @@ def test_correlations_are_the_moments_of_the_patches(ndim: int, mode: str, paddi
         same(correlate(view, [(x, t)]), dense(view, x, t))
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_strides_over_any_padding(ndim: int, stride: int, mode: str) -> None:
+    """Against a layer without padding on images that were padded before."""
+    conv = CONVS[ndim](4, 4, 3, stride=stride, padding=1, padding_mode=mode, groups=2)
+    plain = CONVS[ndim](4, 4, 3, stride=stride, groups=2)
+    x, t = torch.randn(3, 4, *SIZES[:ndim]), torch.randn(3, 2)
+    padded = nn.functional.pad(x, [1] * 2 * ndim, "constant" if mode == "zeros" else mode)
+    same(patch_moments(the_view(conv), [(x, t)]), dense(the_view(plain), padded, t))
+
+
 @given(
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),

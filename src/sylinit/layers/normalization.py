@@ -47,7 +47,8 @@ def norm_sums(module: Any, x: Tensor) -> Tensor:
     _, totals, energies = sums.tolist()
     if any(1.01 * total**2 > count * energy for total, energy in zip(totals, energies, strict=True)):
         # A mean ten deviations from zero: float32 squares would lose the variance. Slower, this accumulates in double.
-        mean, variance = (part.double() for part in torch.batch_norm_update_stats(rows, None, None, 0.0))
+        exact = rows.double() if rows.ndim == 2 else rows  # which it does not where there are no positions
+        mean, variance = (part.double() for part in torch.batch_norm_update_stats(exact, None, None, 0.0))
         sums[1], sums[2] = mean * count, (variance + mean.square()) * count
     return sums
 

@@ -376,11 +376,7 @@ class _Strip:
 
 def _patches(view: ConvView, images: Tensor, dtype: torch.dtype) -> Tensor:
     """All rows of some images ``[g, n, d]``, as overlapping views copied at once."""
-    conv, padded = view.module, _padded(view, images)
-    if conv.padding_mode == "zeros":
-        sides = [view.padding(axis) for axis in reversed(range(len(conv.kernel_size)))]
-        if any(map(any, sides)):
-            padded = torch.nn.functional.pad(padded, [side for pair in sides for side in pair])
+    conv, padded = view.module, _padded(view, images, zeros=True)
     padded = padded.unflatten(1, (view.groups, view.channels))
     of_sample, of_group, of_channel, *along = padded.stride()
     places = view.places(images)
@@ -392,13 +388,13 @@ def _patches(view: ConvView, images: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.view(view.groups, view.dim, -1).mT
 
 
-def _padded(view: ConvView, images: Tensor) -> Tensor:
-    """The images with their padding, unless that is zeros."""
-    if view.module.padding_mode != "zeros":
-        for axis, size in enumerate(images.shape[2:]):
-            place = torch.arange(size + sum(view.padding(axis)), device=images.device)
-            images = images.index_select(2 + axis, view.sources(place, size, axis)[:, 0])
-    return images
+def _padded(view: ConvView, images: Tensor, *, zeros: bool = False) -> Tensor:
+    """The images with their padding; with one of zeros only if it is asked for."""
+    mode = view.module.padding_mode
+    sides = [side for axis in reversed(range(len(view.module.kernel_size))) for side in view.padding(axis)]
+    if not any(sides) or (mode == "zeros" and not zeros):
+        return images
+    return torch.nn.functional.pad(images, sides, "constant" if mode == "zeros" else mode)
 
 
 def _windows(view: ConvView, x: Tensor) -> _Windows:
