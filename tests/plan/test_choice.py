@@ -290,3 +290,40 @@ def test_a_failure_of_a_trial_is_told_in_a_line():
     report = sylinit.initialize_(small_mlp(), [vectors(90)], forward=forward)
     told = "code='auto': the recipes could not be tried on parts of the samples (RuntimeError: this size is)"
     assert report.notes[0] == f"{told}, so 'mixed' was taken"
+
+
+class Positive(nn.Module):
+    """A logarithm stands behind the body: what is computed has negative outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(12, 24), nn.Linear(24, 3)
+        nn.init.uniform_(self.body.weight, 0, 0.05)
+        nn.init.constant_(self.body.bias, 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).log())
+
+
+def test_a_recipe_that_the_model_cannot_run_with_is_out_of_the_race():
+    report = sylinit.initialize_(Positive(), [vectors(90)])
+    assert report.notes[0].startswith("code='auto' took 'own'")
+    assert "mixed failed, half failed" in report.notes[0]
+
+
+class Broken(nn.Module):
+    """Its output is not finite, whatever the head gives."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.net, self.value = small_mlp(), value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.value
+
+
+def test_an_output_of_nan_is_no_prediction():
+    with pytest.warns(sylinit.SylinitWarning, match="the model's output on the calibration data is not finite"):
+        report = sylinit.initialize_(Broken(math.nan), [vectors(90)])
+    assert "the model's output on held-out samples is not finite, so 'mixed' was taken" in report.notes[0]
+    assert report.before.accuracy is None

@@ -38,6 +38,8 @@ class Branches(nn.Module):
             x += self.scale * branch
         elif self.join == "parallel":
             x = branch + self.other(self.norm(x)) + x
+        elif self.join == "one after the other":
+            x = x + branch + self.other(self.norm(x))
         elif self.join == "attention":
             tokens = x.unsqueeze(1).repeat(1, 2, 1)
             x = (tokens + self.heads(tokens, tokens, tokens)[0]).mean(1)
@@ -54,6 +56,7 @@ CASES = [
     ("sum", {"outer"}),
     ("in place, scaled", {"outer"}),
     ("parallel", {"outer", "other"}),
+    ("one after the other", {"outer", "other"}),
     ("attention", {"heads"}),
     ("beside", set()),
     ("constant", set()),

@@ -145,21 +145,24 @@ def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
 def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
     """What each prediction is worth: 1 or 0 for classes, the share of right labels, or 1 - squared error / spread.
 
+    A prediction with NaN is worth NaN.
+
     Args:
         goal: what was to be predicted.
         y: ``[n, k]`` outputs.
         t: ``[n]`` class indices, or ``[n, c]`` values, NaN where missing.
         spread: variance of the values.
     """
+    unknown = y.isnan().any(1)
     if goal.task.classes:
         guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
-        return (guess == t).double()
+        return (guess == t).double().masked_fill(unknown, torch.nan)
     if goal.task.name == "multiclass":  # shares of classes
-        return (y.argmax(1) == t.argmax(1)).double()
+        return (y.argmax(1) == t.argmax(1)).double().masked_fill(unknown, torch.nan)
     known = ~t.isnan()
     count = known.double().sum(1).clamp(min=1)
     if goal.task.name in ("multilabel", "binary"):
-        return (((y > 0) == (t > 0.5)) & known).double().sum(1) / count
+        return ((((y > 0) == (t > 0.5)) & known).double().sum(1) / count).masked_fill(unknown, torch.nan)
     return 1 - torch.where(known, y - t, 0).square().sum(1) / (count * spread)
 
 

@@ -142,6 +142,8 @@ def choose(
     labels = max(map(len, values.values()))
     if labels < FEWEST:
         return fallback(f"{labels} labels are too few to judge recipes by")
+    if not any(math.isfinite(sum(each)) for each in values.values()):
+        return fallback("the model's output on held-out samples is not finite")
     return _best(values, plans)
 
 
@@ -206,9 +208,15 @@ def _held_out(
                 positions={name: seen.of(values) for name, values in context.positions.items()},
                 promises={},
             )
-            _compute(plans[name], parts, here, model, trace, call, offload)
-            worth = processes.agree(partial(_worth, head, wanted, spread, held, trace, call))
-            found[name] += [value for values in worth for value in values]
+            try:
+                _compute(plans[name], parts, here, model, trace, call, offload)
+                worth = processes.agree(partial(_worth, head, wanted, spread, held, trace, call))
+                found[name] += [value for values in worth for value in values]
+            except SylinitError as error:  # what a recipe makes of a layer, a later one may not be able to read
+                if name == OWN.name:
+                    raise
+                processes.announce(error)
+                found[name] += [math.nan] * (len(found[OWN.name]) - len(found[name]))
             context.transaction.rewind()
         racing = _still_racing({name: found[name] for name in racing})
         if len(racing) == 1:
@@ -329,9 +337,12 @@ def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> C
     ordered = sorted(known, key=lambda name: (-len(known[name]), -_mean(known[name])))
     taken, scores = ordered[0], []
     for name in ordered:
+        if not math.isfinite(_mean(known[name])):
+            scores.append(f"{name} failed")
+            continue
         said = f"{name} {_mean(known[name]):.3f}"
         details = [] if len(known[name]) == most else [f"of {len(known[name])}"]
-        if name != OWN.name:
+        if name != OWN.name and math.isfinite(_mean(known[OWN.name])):
             difference, error = _difference(known[name], known[OWN.name])
             details.insert(0, f"{difference:+.3f} ± {error:.3f}")
         scores.append(f"{said} ({', '.join(details)})" if details else said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -38,6 +39,10 @@ def judge(
     for number, (view, goal) in enumerate(heads.goals.items()):
         promise = promises.get(view.name, Promise())
         found = _score_of(view, goal, trace, outputs)
+        if found is not None and not _is_number(goal, found[0]):
+            notes.append(_not_finite(view))
+            before = Before(loss=found[0].loss, constant=found[1]) if number == 0 else before
+            continue
         if number == 0 and found is not None:
             actual, constant = found
             before = Before(**asdict(actual), constant=constant, cross_validated=promise.cross_validated)
@@ -45,7 +50,7 @@ def judge(
             difference = promise.value - found[0].value
             if difference > BROKEN_PROMISE:
                 notes.append(_broken(view, promise.value, found[0].value))
-        if promise.weight_ratio > LONG_WEIGHTS:
+        if goal.task.has_logits and promise.weight_ratio > LONG_WEIGHTS:
             notes.append(_long(view, promise.weight_ratio))
     return before, notes
 
@@ -83,6 +88,21 @@ def predictions(view: LayerView, goal: Goal, output: Output, tensors: Sequence[T
         probabilities=module_name(view) in output.probabilities,
     )
     return None if found is None or found[0].shape[1] != view.units else found
+
+
+def _is_number(goal: Goal, found: Score) -> bool:
+    """Whether a loss says anything: classes that a model rules out have an infinite one."""
+    loss = found.loss or 0.0
+    return math.isfinite(loss) or (goal.task.has_logits and not math.isnan(loss))
+
+
+def _not_finite(view: LayerView) -> str:
+    note = (
+        f"head {view.name!r}: the model's output on the calibration data is not finite, though the features are; look "
+        "at what comes behind the head"
+    )
+    warn(note)
+    return note
 
 
 def _broken(view: LayerView, promised: float, actual: float) -> str:

@@ -416,7 +416,7 @@ class _Follow(TorchDispatchMode):
         if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape):
             return
         for stream, branch in ((first, second), (second, first)):
-            from_here = {name for name, _ in self.made_by(stream)}
+            from_here = {name for name, _ in self.made_by(stream)} - self.ends  # which other branches have added
             ends = {name for name, behind in self.made_by(branch) if not behind}
             if from_here and ends and all(from_here <= self._before.get(name, frozenset()) for name in ends):
                 self.ends |= ends
