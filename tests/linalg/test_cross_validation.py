@@ -172,3 +172,40 @@ def test_a_head_of_values_shrinks_where_it_is_to_be_trained(alone: bool):
             sylinit.initialize_(model, [(x, y)], code="own", config=constants)
         found[errors] = float(model[2].weight.detach().norm())
     assert (found[1.0] < found[0.0]) is not alone
+
+
+def test_a_head_of_values_with_fewer_rows_than_features_does_not_explain_the_noise():
+    """The features are random functions of ten inputs, of which the target is a noisy sum."""
+    found = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(450, 10, generator=generator)
+        y = x[:, :4].sum(1, keepdim=True) + 2 * torch.randn(450, 1, generator=generator)
+        model = nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.Linear(200, 1))
+        report = sylinit.initialize_head_(model, [(x[:50], y[:50])])
+        with torch.no_grad():
+            rest = (model(x[50:]) - y[50:]).square().sum() / (y[50:] - y[50:].mean()).square().sum()
+        assert report.before.r2 < 0.99
+        found.append(1 - float(rest))
+    assert sum(found) / len(found) > 0.2
+
+
+def test_the_cross_validated_score_of_values_is_that_of_the_head_that_was_written():
+    """Against heads from which one sample was left out, with the same weight."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 8, generator=generator)
+    y = x[:, :1] + torch.randn(40, 1, generator=generator)
+    body = nn.Sequential(nn.Linear(8, 24), nn.ReLU())
+    model = nn.Sequential(body, nn.Linear(24, 1))
+    report = sylinit.initialize_head_(model, [(x, y)])
+    weight = Config(head_encoding_weight=report["1"].encoding_weight)
+    errors = 0.0
+    for out in range(40):
+        rest = torch.arange(40) != out
+        sylinit.initialize_head_(model, [(x[rest], y[rest])], config=weight)
+        with torch.no_grad():
+            errors += float((model(x[out : out + 1]) - y[out]).square())
+    assert report.before.cross_validated is not None
+    assert report.before.cross_validated.r2 == pytest.approx(
+        1 - errors / float((y - y.mean()).square().sum()), abs=0.06
+    )

@@ -28,11 +28,17 @@ EXPLAINED = 0.01
 
 
 def least_error_weight(
-    a: Tensor, variances: Tensor, cross: Tensor, count: Tensor, chunk: int = 1 << 22, standard_errors: float = 0.0
+    a: Tensor,
+    variances: Tensor,
+    cross: Tensor,
+    count: Tensor,
+    chunk: int = 1 << 22,
+    standard_errors: float = 0.0,
+    inflation: float = 1.0,
 ) -> float:
     """The encoding weight lambda of least generalized cross-validation error.
 
-        GCV(lambda) = sum_i  RSS_i / n / (1 - tr(H_i) / n)^2
+        GCV(lambda) = sum_i  RSS_i / n / (1 - f tr(H_i) / n)^2
 
     with ``RSS_i`` the squared residual of code i and ``H_i`` its hat matrix, the mean's column included.
 
@@ -44,13 +50,16 @@ def least_error_weight(
         chunk: numbers that are formed at once.
         standard_errors: the smallest weight is taken whose error is within so many standard errors of the least one.
             The standard error of a mean of n squared Gaussian residuals is ``sqrt(2 / n)`` of it.
+        inflation: f, above 1 where rows may be fewer than what they are explained by: without, the error may be least
+            where all is explained.
 
     Returns:
         One weight for all units: the smallest where several are best.
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*,
-    Technometrics 1979; for the standard errors, Breiman, Friedman, Olshen and Stone, *Classification and Regression
-    Trees*, 1984.
+    Technometrics 1979; for f, Kim and Gu, *Smoothing spline Gaussian regression: more scalable computation via
+    efficient approximation*, JRSS B 2004; for the standard errors, Breiman, Friedman, Olshen and Stone,
+    *Classification and Regression Trees*, 1984.
     """
     a, v = a.clamp(min=0), variances.clamp(min=0).unsqueeze(1)
     tiny = torch.finfo(v.dtype).tiny
@@ -61,7 +70,7 @@ def least_error_weight(
     for some in weights.split(max(1, chunk // explained.numel())):
         sizes = some.view(-1, 1, 1, 1) * v
         kept = sizes / (sizes + a.unsqueeze(2)).clamp_(min=tiny)  # lambda v / (a + lambda v), [w, g, k, r]
-        unseen = (1 - (kept.sum(3) + 1) / count).clamp_(min=1e-6)
+        unseen = (1 - inflation * (kept.sum(3) + 1) / count).clamp_(min=1e-6)
         rss = a - (kept * (2 - kept) * explained).sum(3)
         errors.append((rss.clamp_(min=0) / unseen.square()).sum((1, 2)))
     slack = 1 + standard_errors * float(2 / count.amin()) ** 0.5

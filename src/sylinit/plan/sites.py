@@ -247,7 +247,7 @@ class MatrixSite:
             return Promise(value)
         penalty = _ridge(x, t, self.goal, fit.encoding_weight, intercept=self.intercept)
         wanted = t - t.mean(0) if self.role == "logits" else t
-        left_out = leave_one_out(x, wanted, penalty, intercept=self.intercept)
+        left_out = leave_one_out(x, wanted, penalty, intercept=self.intercept, slope=self.role == "values")
         if self.role == "logits":
             if self.intercept:  # a head does not say how frequent its classes are, and then nor does it of the others
                 left_out = left_out + wanted / (len(wanted) - 1)

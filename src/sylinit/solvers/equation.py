@@ -17,6 +17,10 @@ from sylinit.solvers.problem import Problem
 from sylinit.statistics.axes import Axes
 from sylinit.statistics.moments import Covariance
 
+VALUE_INFLATION = 1.2
+"""By how much the degrees of freedom of a head of values count for more in cross-validation: with fewer rows than
+features it would else explain all of them, the noise included."""
+
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -77,8 +81,9 @@ def solve_in_axes(
     a, u = bordered_eigh(equation.gram, equation.code.border)
     cross, encoding_weight = torch.bmm(u.mT, equation.cross), problem.encoding_weight(config)
     if encoding_weight is None:
-        errors = config.value_standard_errors if problem.role == "values" else 0.0
-        encoding_weight = least_error_weight(a, axes.variances, cross, count, config.chunk, errors)
+        values = problem.role == "values"
+        errors, inflation = (config.value_standard_errors, VALUE_INFLATION) if values else (0.0, 1.0)
+        encoding_weight = least_error_weight(a, axes.variances, cross, count, config.chunk, errors, inflation)
     inverse = pair_inverse(a, encoding_weight * axes.variances)
     return torch.bmm(u, inverse.mul_(cross).mul_(1 + encoding_weight)), encoding_weight
 
