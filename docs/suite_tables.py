@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from statistics import fmean, median
 from typing import Any
 
 from matplotlib.figure import Figure
-from stored import RESULTS, markdown
+from stored import NETWORKS, RESULTS, markdown
 
 from studies.suite.methods import RANDOM
-from studies.suite.report import Comparison, Interval, Results, compare, differences, on_series, read
+from studies.suite.report import Comparison, Interval, Results, compare, differences, on_series, paired, read
 from studies.suite.tasks import SECOND_LOOK
 from sylinit.comparison.figures import style
 
@@ -160,5 +161,38 @@ def draw() -> Figure:
     return figure
 
 
-TABLES: dict[str, Callable[[], str]] = {"suite-tasks": by_task, "suite-methods": all_methods, "suite-against": against}
+def headline() -> str:
+    """The study's headline columns with the defaults of 0.1.0 and of today, and the difference, paired by seed."""
+    body = []
+    for model, name in NETWORKS.items():
+        for shots in (10, 50):
+            former, now = (study_runs(file, model, shots) for file in ("fewshot", "fewshot-chosen"))
+            seeds = sorted(former.keys() & now.keys())
+            cells = [
+                f"{percent(fmean(run[place] for run in runs.values()))}" for runs in (former, now) for place in (0, 1)
+            ]
+            difference = points(paired([now[seed][1] for seed in seeds], [former[seed][1] for seed in seeds]))
+            body.append([f"{name}, {shots} of each class", *cells, difference])
+    heads = ["CIFAR-10", "0.1.0, no step", "trained", "today, no step", "trained", "today over 0.1.0"]
+    return markdown(heads, body)
+
+
+def study_runs(file: str, model: str, shots: int) -> dict[int, tuple[float, float]]:
+    """By seed, the test accuracy of sylinit before and after training on CIFAR-10."""
+    lines = (RESULTS / "study" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {}
+    for record in map(json.loads, lines):
+        run = record["experiment"]
+        wanted = (run["model"], run["shots"], run["split"], run["start"]) == (model, shots, "test", "sylinit")
+        if wanted and run["dataset"].endswith("cifar10"):
+            found[run["seed"]] = (record["result"]["before"], record["result"]["after"])
+    return found
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "suite-tasks": by_task,
+    "suite-methods": all_methods,
+    "suite-against": against,
+    "headline": headline,
+}
 FIGURES: dict[str, Callable[[], Figure]] = {"suite": draw}
