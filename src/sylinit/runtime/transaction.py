@@ -166,7 +166,7 @@ def _restore(copies: Iterable[tuple[Tensor, Tensor]], kept: Mapping[int, Tensor]
         if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference():
             together.append((_memory(tensor), before))
         else:
-            with torch.inference_mode(tensor.is_inference()):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first ends the second
                 _memory(tensor).copy_(before)
     if together:
         torch._foreach_copy_([tensor for tensor, _ in together], [before for _, before in together])
