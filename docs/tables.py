@@ -112,6 +112,8 @@ PASSES = {
     "resnet110": "ResNet-110, 1,000 images",
     "encoder": "transformer encoder, 256 sequences of 128 tokens",
     "resnet18-224": "ResNet-18, 128 images of 224x224",
+    "depthwise": "depthwise separable convolutions, 1,000 images",
+    "mlp-8x256": "eight linear layers of 256 units, 2,000 rows",
     "mlp-width-128": "linear layers of 128 units, 16,384 rows",
     "mlp-width-1024": "linear layers of 1,024 units, 16,384 rows",
 }
