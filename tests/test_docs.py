@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 import sylinit
-from comparing import call_as_shell
 from sylinit.layers.registry import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +58,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_python_of_a_page_runs_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in {"peft", "transformers", "sklearn"} & set(re.findall(r"from (\w+)", (DOCS / name).read_text())):
         pytest.importorskip(package)
+    if "sylinit.compare(" in (DOCS / name).read_text():
+        pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}
@@ -111,6 +112,7 @@ def test_outputs_of_commands_are_what_pages_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("typer")
+    from comparing import call_as_shell
     from sylinit import cli
     from sylinit.comparison import terminal
 
@@ -178,7 +180,8 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """The tables and numbers that the build makes."""
-    pytest.importorskip("matplotlib")
+    for package in ("matplotlib", "pandas"):
+        pytest.importorskip(package)
     sys.path.insert(0, str(DOCS))
     try:
         import tables

@@ -88,12 +88,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Te
 }
 """Each with the most operations that it may take for a matrix."""
 
+SLACK = 1.0 if torch.__version__.startswith("2.13.") else 1.1
+"""The bounds are those of the pinned version of PyTorch; others dispatch some operations more."""
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_matrix_takes_few_operations(name: str) -> None:
     make, data, bound = NETWORKS[name]
     found = operations_for_each_matrix(make(), *data())
-    assert found <= bound
+    assert found <= bound * SLACK
 
 
 @pytest.mark.parametrize("few", [False, True])

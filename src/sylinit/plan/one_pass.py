@@ -190,7 +190,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     What is random is drawn on the CPU, whatever the caller's default device: the weights do not depend on it.
     """
     dtype, cpu = torch.get_default_dtype(), torch.device("cpu")
-    on_cpu = nullcontext() if torch.get_default_device() == cpu else cpu  # it makes each call of torch slower
+    on_cpu = nullcontext() if torch.empty(0).device == cpu else cpu  # it makes each call of torch slower
     with torch.no_grad(), on_cpu, torch.autocast(device.type, enabled=False):
         torch.set_default_dtype(torch.float32)
         try:
