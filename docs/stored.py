@@ -37,17 +37,17 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]], words: int = 
 
 
 @functools.cache
-def comparison(preset: str) -> Comparison:
-    """What a study has come to."""
-    store = Store(RESULTS / "study" / f"{preset}.jsonl")
+def comparison(preset: str, file: str = "") -> Comparison:
+    """What a study has come to; of another file than its own, as far as that goes."""
+    store = Store(RESULTS / "study" / f"{file or preset}.jsonl")
     return read(as_run(PRESETS[preset].plan(False), store), store)
 
 
-def methods(preset: str, data: str, model: str, shots: int | None) -> dict[str, Row]:
+def methods(preset: str, data: str, model: str, shots: int | None, file: str = "") -> dict[str, Row]:
     """The rows of one comparison, by initialization."""
     return {
         row.label: row
-        for row in rows(comparison(preset))
+        for row in rows(comparison(preset, file))
         if (Path(row.method.dataset).name, row.method.model, row.method.shots) == (data, model, shots)
     }
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
-from stored import NETWORKS, RESULTS, markdown
+from stored import NETWORKS, OURS, RESULTS, markdown, methods
+from stored import lead as row_lead
 
 from studies.suite.methods import RANDOM
-from studies.suite.report import Comparison, Interval, Results, compare, differences, on_series, paired, read
+from studies.suite.report import Comparison, Results, compare, differences, on_series, percent, points, read
 from studies.suite.tasks import SECOND_LOOK
 from sylinit.comparison.figures import style
 
@@ -51,16 +51,6 @@ def second_look() -> set[str]:
     return {f"{data}-{size}/{network}" for data, size, networks in SECOND_LOOK for network in networks.split()}
 
 
-def percent(value: float) -> str:
-    """A share, or R², in percent."""
-    return f"{100 * value:.1f}"
-
-
-def points(interval: Interval) -> str:
-    """A difference in points with its interval."""
-    return f"{100 * interval.mean:+.1f} ± {100 * interval.half:.1f}"
-
-
 def by_task() -> str:
     """The default before and after training beside the best random start, task by task."""
     body = [
@@ -96,7 +86,7 @@ def against() -> str:
     for method in [name for name in WORDS if name != "default"]:
         leads = [100 * lead(one, method) for one in compared()]
         above, below = sum(each > 0.5 for each in leads), sum(each < -0.5 for each in leads)
-        error = (fmean([(each - fmean(leads)) ** 2 for each in leads]) / max(1, len(leads) - 1)) ** 0.5
+        error = stdev(leads) / len(leads) ** 0.5
         body.append(
             [WORDS[method], f"{fmean(leads):+.1f} ± {error:.1f}", f"{median(leads):+.1f}", str(above), str(below)]
         )
@@ -166,27 +156,11 @@ def headline() -> str:
     body = []
     for model, name in NETWORKS.items():
         for shots in (10, 50):
-            former, now = (study_runs(file, model, shots) for file in ("fewshot", "fewshot-chosen"))
-            seeds = sorted(former.keys() & now.keys())
-            cells = [
-                f"{percent(fmean(run[place] for run in runs.values()))}" for runs in (former, now) for place in (0, 1)
-            ]
-            difference = points(paired([now[seed][1] for seed in seeds], [former[seed][1] for seed in seeds]))
-            body.append([f"{name}, {shots} of each class", *cells, difference])
+            former, now = (methods("fewshot", "cifar10", model, shots, file)[OURS] for file in ("", "fewshot-chosen"))
+            cells = [percent(row.interval(metric).mean) for row in (former, now) for metric in ("before", "after")]
+            body.append([f"{name}, {shots} of each class", *cells, row_lead(now, former)])
     heads = ["CIFAR-10", "0.1.0, no step", "trained", "today, no step", "trained", "today over 0.1.0"]
     return markdown(heads, body)
-
-
-def study_runs(file: str, model: str, shots: int) -> dict[int, tuple[float, float]]:
-    """By seed, the test accuracy of sylinit before and after training on CIFAR-10."""
-    lines = (RESULTS / "study" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-    found = {}
-    for record in map(json.loads, lines):
-        run = record["experiment"]
-        wanted = (run["model"], run["shots"], run["split"], run["start"]) == (model, shots, "test", "sylinit")
-        if wanted and run["dataset"].endswith("cifar10"):
-            found[run["seed"]] = (record["result"]["before"], record["result"]["after"])
-    return found
 
 
 TABLES: dict[str, Callable[[], str]] = {
