@@ -188,30 +188,48 @@ def table() -> list[dict[str, Any]]:
     return found
 
 
+PRIORS = (0.0, 0.5, 1.0)
+
+IMBALANCES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "balanced": lambda y, u: (u < 1, y),
+    "ten classes, 1 to 1/10": lambda y, u: (u < 1 / (1.0 + y), y),
+    "ten classes, 1 to 1/100": lambda y, u: (u < 0.01 ** (y / 9), y),
+    "three classes, 10 : 1 : 1": lambda y, u: ((y < 1) | (u < 0.1) & (y < 3), y),
+    "two classes, 9 : 1": lambda y, u: (u < 1, (y == 3).long()),
+    "one logit, 9 : 1": lambda y, u: (u < 1, (y == 3).float().unsqueeze(1)),
+    "one logit, 50 : 1": lambda y, u: ((y != 3) | (u < 0.18), (y == 3).float().unsqueeze(1)),
+    "four labels of 10 to 50 %": lambda y, u: (u < 1, torch.stack([y < 3, y == 4, y > 8, y % 2 == 0], 1).float()),
+}
+"""Which digits are kept, told their classes and a uniform draw of each, and the target that is made of them."""
+
+
 def prior() -> list[dict[str, Any]]:
-    """Held-out cross-entropy with and without the prior, on balanced and imbalanced digits."""
+    """Held-out accuracy with shares of the classes' frequencies in the bias, on digits that are balanced or not."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     x, y = torch.as_tensor(digits.data / 16).float(), torch.as_tensor(digits.target).long()
     found = []
-    for kind in ("balanced", "imbalanced"):
+    for kind, made in IMBALANCES.items():
         for seed in range(10):
             generator = torch.Generator().manual_seed(seed)
+            keep, target = made(y, torch.rand(len(y), generator=generator))
             order = torch.randperm(len(y), generator=generator)
-            if kind == "imbalanced":  # class c keeps a share of 1 / (1 + c)
-                keep = torch.rand(len(y), generator=generator) < 1 / (1.0 + y)
-                order = order[keep[order]]
+            order = order[keep[order]]
             train, test = order[: len(order) // 3], order[len(order) // 3 :]
-            for value in (False, True):
+            for value in PRIORS:
                 torch.manual_seed(seed)
-                model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-                config = replace(sylinit.Config(), prior=value, logit_deviation=0.5)
-                sylinit.initialize_(model, [(x[train], y[train])], code="mixed", config=config)
+                outputs = target.shape[1] if target.ndim > 1 else int(target[order].max()) + 1
+                model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, outputs))
+                config = replace(sylinit.Config(), prior=value)
+                sylinit.initialize_(model, [(x[train], target[train])], code="own", config=config)
                 with torch.no_grad():
                     out = model(x[test])
-                loss, right = F.cross_entropy(out, y[test]), (out.argmax(1) == y[test]).float().mean()
-                row = {"data": kind, "seed": seed, "prior": value, "loss": float(loss), "accuracy": float(right)}
+                guess, right = (out > 0, target[test] > 0) if target.ndim > 1 else (out.argmax(1), target[test])
+                each = [(guess == right)[right == value].float().mean() for value in right.unique()]
+                row = {"data": kind, "seed": seed, "prior": value}
+                row |= {"accuracy": float((guess == right).float().mean()), "balanced": float(torch.stack(each).mean())}
+                row |= {"constant": max(float((right == value).float().mean()) for value in right.unique())}
                 found.append(row)
     return found
 
@@ -232,11 +250,13 @@ def main() -> None:
             worst = max(row["ridge"] - row["head"] for row in rows)
             logistic = "" if rows[0]["logistic"] is None else f"{rows[0]['logistic']:.3f}"
             print(f"| {task} | {form} | {rows[0]['head']:.3f} | {rows[0]['ridge']:.3f} | {logistic} | {worst:+.3f} |")
-    for kind in ("balanced", "imbalanced") if "prior" in stored else ():
-        for value in (False, True):
+    for kind in IMBALANCES if "prior" in stored else ():
+        for value in PRIORS:
             rows = [row for row in stored["prior"] if (row["data"], row["prior"]) == (kind, value)]
-            mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("loss", "accuracy")}
-            print(f"{kind}, prior={value}: held-out loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.1%}")
+            means = [
+                f"{key} {sum(row[key] for row in rows) / len(rows):.1%}" for key in ("accuracy", "balanced", "constant")
+            ]
+            print(f"{kind}, prior={value}: {', '.join(means)}")
 
 
 if __name__ == "__main__":

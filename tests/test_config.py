@@ -37,7 +37,7 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
     if name == "norm_offset" and value == -1:
         value = float("inf")  # an offset may be negative
     if name == "prior" and value is True:
-        value = 1  # a switch is on or off
+        value = 1.5  # a share, or a switch
     with pytest.raises(SylinitError, match=rf"Config: {name} must be .*, got "):
         replace(Config(), **{name: value})
 

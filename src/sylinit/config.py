@@ -32,7 +32,9 @@ class Config:
         variance_floor: the variance along a unit's direction is taken to be at least this share of the mean over all
             directions, which keeps a direction of noise from being blown up.
         logit_deviation: root mean square of a classifier's centered logits.
-        prior: whether the bias of a head with logits carries the frequencies of the classes.
+        prior: what share of the frequencies of classes or labels the bias of a head with logits carries. 1 is the
+            decision of a least-squares fit, which favors frequent classes; 0 leaves them out, which favors rare ones.
+            One half lies midway between the classes' mean logits on new samples, where a fit is about half as high.
         scale_ratio: a layer that reads the data itself is solved in standardized inputs if their deviations differ by
             more than this; see `sylinit.solvers.standardize`.
         offset_ratio: the same if a mean is more than so many deviations from zero.
@@ -79,7 +81,7 @@ class Config:
     variance: float = 1.0
     variance_floor: float = 0.1
     logit_deviation: float = 0.1
-    prior: bool = False
+    prior: float = 0.5
     scale_ratio: float = 100.0
     offset_ratio: float = 1000.0
     filter_length: float | None = 2**0.5
@@ -148,7 +150,7 @@ RANGES: dict[str, Range] = {
     "variance": POSITIVE,
     "variance_floor": NOT_NEGATIVE,
     "logit_deviation": POSITIVE,
-    "prior": ("True or False", lambda value: isinstance(value, bool)),
+    "prior": ("a number from 0 to 1, or True or False", lambda value: isinstance(value, bool) or SHARE[1](value)),
     "scale_ratio": POSITIVE,
     "offset_ratio": POSITIVE,
     "filter_length": _or_none(POSITIVE),

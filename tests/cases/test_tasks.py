@@ -147,6 +147,39 @@ def test_rare_labels_keep_zero_as_their_boundary():
         assert balanced_accuracy((output > 0).long(), label.long()) > 0.75
 
 
+@pytest.mark.parametrize("rare", [0.04, 0.1, 0.3])
+@pytest.mark.parametrize("form", ["one logit", "two logits", "labels"])
+def test_a_rare_class_is_told_on_new_samples(form: str, rare: float):
+    """Better than a constant, and most of the rare class is found."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(4000, generator=generator) < rare
+    x = torch.randn(4000, 20, generator=generator) + y[:, None] * 0.7
+    labels = torch.stack([y, x[:, 3] > 0.5, x[:, 4] > 1], 1)
+    target = {"one logit": y.float()[:, None], "two logits": y.long(), "labels": labels.float()}[form]
+    model = mlp(20, {"one logit": 1, "two logits": 2, "labels": 3}[form])
+    served(model, [(x[:800], target[:800])])
+    output = run(model, x[800:])
+    guess = output.argmax(1) if form == "two logits" else (output[:, 0] > 0).long()
+    assert (guess == y[800:]).double().mean() > max(1 - rare, 0.9)
+    assert balanced_accuracy(guess, y[800:].long()) > 0.8
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_with_the_whole_prior_a_head_decides_as_least_squares(outputs: int):
+    x, y = imbalanced()
+    model = mlp(20, outputs)
+    target = y if outputs == 2 else y.float()[:, None]
+    report = served(model, [(x, target)], code="own", config=dataclasses.replace(sylinit.Config(), prior=1.0)).report
+    features = features_into(model, "2", x).double()
+    centered, share = features - features.mean(0), y.double().mean()
+    penalty = centered.square().mean() * outputs / report["2"].encoding_weight
+    gram = centered.T @ centered / len(x) + penalty * torch.eye(centered.shape[1])
+    fitted = centered @ torch.linalg.solve(gram, centered.T @ (y.double() - share) / len(x)) + share - 0.5
+    output = run(model, x).double()
+    logit = output[:, 0] if outputs == 1 else output[:, 1] - output[:, 0]
+    assert torch.allclose(logit / logit.norm(), fitted / fitted.norm(), atol=1e-4)
+
+
 @pytest.mark.parametrize("cuts", [400, 90])
 @pytest.mark.parametrize("form", FOUR_CLASSES)
 def test_class_targets_of_any_form_give_the_same_head(form, cuts):

@@ -90,24 +90,6 @@ def make_goal(
     return Goal(task, targets, vectors, *_mean(vectors, processes), present)
 
 
-def log_prior(goal: Goal, units: int, outputs: Tensor | None, samples: int) -> Tensor:
-    """What the frequencies of the classes alone say of each logit, ``[1, k]``.
-
-    Of one-hot classes the centered ``log p``; of a single logit, and of each label, the log-odds ``log p / (1 - p)``.
-    Frequencies are smoothed by one sample.
-
-    Args:
-        goal: of a head with logits.
-        units: outputs of the head.
-        outputs: the classes that are fitted; None for all.
-        samples: of the calibration set.
-    """
-    share = (goal.mean * samples + 0.5) / (samples + 1)
-    if not goal.task.classes:
-        return (share / (1 - share)).log().unsqueeze(0)
-    return _logits_of_classes(goal, share.log(), units, outputs)
-
-
 def constant_logits(goal: Goal, units: int, outputs: Tensor | None) -> Tensor:
     """The logits, up to a factor, of outputs whose target never changes, ``[1, k]``: no feature can tell them.
 
@@ -118,16 +100,11 @@ def constant_logits(goal: Goal, units: int, outputs: Tensor | None) -> Tensor:
     """
     if not goal.task.classes:
         return (2 * goal.mean - 1).unsqueeze(0)
-    return _logits_of_classes(goal, goal.mean, units, outputs)
-
-
-def _logits_of_classes(goal: Goal, values: Tensor, units: int, outputs: Tensor | None) -> Tensor:
-    """One value a class as centered logits, or as that of the second class over the first; zero for wide heads."""
-    if outputs is not None or goal.task.classes > EMBEDDED:
-        return values.new_zeros(1, units if outputs is None else len(outputs))
+    if outputs is not None or goal.task.classes > EMBEDDED:  # a wide head
+        return goal.mean.new_zeros(1, units if outputs is None else len(outputs))
     if units == 1:
-        return (values[1] - values[0]).view(1, 1)
-    return (values - values.mean()).unsqueeze(0)
+        return (goal.mean[1] - goal.mean[0]).view(1, 1)
+    return (goal.mean - goal.mean.mean()).unsqueeze(0)
 
 
 def _canonical(target: Tensor, task: Task, ignore_index: int) -> Tensor:

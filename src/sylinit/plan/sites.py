@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sylinit.codes import Code
 from sylinit.config import Config
 from sylinit.data.calibration import CalibrationSet
-from sylinit.data.goals import Goal, constant_logits, log_prior
+from sylinit.data.goals import Goal, constant_logits
 from sylinit.data.score import Score, fitted_score
 from sylinit.errors import SylinitError, UnsupportedLayerError, warn
 from sylinit.layers.attention import AttentionOutputView
@@ -121,6 +121,11 @@ class MatrixSite:
         return self.role in ("logits", "values")
 
     @property
+    def _exclusive(self) -> bool:
+        """Whether its outputs are logits of classes that exclude each other."""
+        return self.goal is None or self.goal.task.classes > 0
+
+    @property
     def intercept(self) -> bool:
         """Whether its outputs can be centered: other layers than heads leave that to those behind them."""
         return self.view.has_bias or not self.is_head
@@ -176,7 +181,9 @@ class MatrixSite:
         source = scaled or rows
         problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept)
         fit = solve(source, problem, context.config)
-        fit = context.processes.together(lambda: rescale(fit, self.role, context.config, self.deviation))
+        fit = context.processes.together(
+            lambda: rescale(fit, self.role, context.config, self.deviation, self._exclusive)
+        )
         promise = None
         if self.is_head:
             fit = self._with_constant_outputs(fit, outputs, context)
@@ -187,7 +194,7 @@ class MatrixSite:
         if promise is not None:
             ratio = float(fit.weight.square().mean().sqrt()) * (3 * self.view.dim) ** 0.5
             context.promises[self.name] = replace(promise, weight_ratio=ratio)
-            fit = self._as_head(fit, outputs, context)
+            fit = fit if outputs is None else self._of_all_outputs(fit, outputs, context)
         record = LayerReport(self.name, self.kind, "initialized", note, code=code.name, rows=rows.count)
         written = self._write(fit, record, context)
         if self.is_head and written.action == "left alone":
@@ -245,12 +252,13 @@ class MatrixSite:
         value = fitted_score(self.goal, y, t).value
         if source.count != context.data.samples or self.goal.task.positions:
             return Promise(value)
-        penalty = _ridge(x, t, self.goal, fit.encoding_weight, intercept=self.intercept)
+        penalty = _ridge(x, t, self.goal, y.shape[1], fit.encoding_weight, intercept=self.intercept)
         wanted = t - t.mean(0) if self.role == "logits" else t
         left_out = leave_one_out(x, wanted, penalty, intercept=self.intercept, slope=self.role == "values")
         if self.role == "logits":
-            if self.intercept:  # a head does not say how frequent its classes are, and then nor does it of the others
-                left_out = left_out + wanted / (len(wanted) - 1)
+            if self.intercept:  # it says a part of how frequent its classes are, and that of the other rows
+                told, share = context.config.prior, t.mean(0) - (0.0 if self._exclusive else 0.5)
+                left_out = left_out + told * share + (1 - told) * wanted / (len(wanted) - 1)
             left_out = left_out[:, 1:] - left_out[:, :1] if y.shape[1] < t.shape[1] else left_out
             left_out = torch.where(fit.dead, fit.bias, left_out)
         return Promise(value, fitted_score(self.goal, left_out, t))
@@ -260,22 +268,16 @@ class MatrixSite:
         assert self.goal is not None
         assert fit.bias is not None
         assert fit.dead is not None
-        if not self.goal.task.has_logits or context.config.prior:
+        if not self.goal.task.has_logits:
             return fit
         logits = constant_logits(self.goal, self.view.units, outputs).to(fit.bias)
         return replace(fit, bias=torch.where(fit.dead, context.config.logit_deviation * logits, fit.bias))
 
-    def _as_head(self, fit: Fit, outputs: Tensor | None, context: Context) -> Fit:
-        """All outputs of a head, of which some were fitted, with the prior of the classes in the bias if asked for."""
-        assert self.goal is not None
+    def _of_all_outputs(self, fit: Fit, outputs: Tensor, context: Context) -> Fit:
+        """All outputs of a head, of which these were fitted."""
         assert fit.bias is not None
         assert fit.dead is not None
-        bias = fit.bias
-        if context.config.prior and self.goal.task.has_logits:
-            bias = bias + log_prior(self.goal, self.view.units, outputs, context.data.samples).to(bias)
-        if outputs is None:
-            return replace(fit, bias=bias)
-        units = self.view.units
+        units, bias = self.view.units, fit.bias
         weight = fit.weight.new_zeros(1, units, self.view.dim).index_copy(1, outputs, fit.weight)
         absent = float(bias.amin()) - 2 * context.config.logit_deviation  # no sample speaks for these classes
         bias = bias.new_full((1, units), absent).index_copy(1, outputs, bias)
@@ -427,13 +429,13 @@ def check_entry(site: Site, x: Any) -> None:
     require_finite(site.name, x)
 
 
-def _ridge(x: Tensor, t: Tensor, goal: Goal, encoding_weight: float, *, intercept: bool) -> Tensor:
+def _ridge(x: Tensor, t: Tensor, goal: Goal, units: int, encoding_weight: float, *, intercept: bool) -> Tensor:
     """The ridge penalty that a head's Sylvester equation stands for, as a variance.
 
     The code is the target, scaled to the variance v of the rows; a one-hot target of c classes spreads it over c - 1
-    directions. So each has ``v c / (c - 1)``, and the encoding weight lambda divides it.
+    directions. So each has ``v c / (c - 1)``, and the encoding weight lambda divides it. One logit is one direction.
     """
-    classes = t.shape[1] if goal.task.classes else 0
+    classes = t.shape[1] if goal.task.classes and units > 1 else 0
     share = classes / (classes - 1) if classes > 1 else 1.0
     centered = x - x.mean(0) if intercept else x
     return centered.square().mean() * share / max(encoding_weight, 1e-12)

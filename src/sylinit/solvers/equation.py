@@ -130,6 +130,7 @@ def judged(
         solver=solver,
         alive=torch.sub(cov.variance, cov.mean_x.square().mean(1), alpha=config.constant_variance) > 1e-30,
         statistics=cov,
+        scale=equation.scale,
         output_variance=energies[0].clamp_(min=0),
     )
 

@@ -26,6 +26,7 @@ class Fit:
         alive: ``[g]``, groups whose input varies; the others have no meaningful weight here.
         note: what a user should know.
         statistics: of a solver: the covariance that it solved with; None once the weight is rescaled.
+        scale: of a solver: the factor of the code ``S``, ``[g, 1, 1]``.
         output_variance: of a solver: of each unit, ``diag(W Cov W^T)``, ``[g, k]``; None once the weight is rescaled.
         bias: ``[g, k]``; None until the weight is rescaled.
         dead: ``[g, k]``, units that are zero; None until the weight is rescaled.
@@ -41,6 +42,7 @@ class Fit:
     alive: Tensor
     note: str = ""
     statistics: Covariance | None = field(default=None, repr=False)
+    scale: Tensor | None = field(default=None, repr=False)
     output_variance: Tensor | None = field(default=None, repr=False)
     bias: Tensor | None = None
     dead: Tensor | None = None

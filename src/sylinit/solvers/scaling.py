@@ -13,13 +13,14 @@ from sylinit.solvers.fit import Fit
 from sylinit.solvers.problem import Role
 
 
-def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0) -> Fit:
+def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classes: bool = True) -> Fit:
     """Scale each unit of a solution and give it the bias that centers it.
 
     * "units": output variance `Config.variance`, by ``w sqrt(variance) / s`` with
       ``s^2 = max(w^T Cov w, variance_floor |w|^2 tr(Cov) / d)``; mean output zero.
     * "directions": Euclidean length `Config.filter_length`; mean output zero.
-    * "logits": one scale for all, so that their centered root mean square is `Config.logit_deviation`.
+    * "logits": one scale for all, so that their centered root mean square is `Config.logit_deviation`; their mean is
+      `Config.prior` times `frequencies` on that scale.
     * "values": each output's least-squares slope on its target, ``cov(t, y) / var(y)``; its mean is the target's.
 
     Args:
@@ -27,6 +28,7 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0) -> Fit
         role: what the outputs are.
         config: the constants of the method.
         deviation: of "units", over what `Config.variance` gives.
+        classes: whether "logits" are of classes that exclude each other, rather than of labels.
 
     Returns:
         The fit with ``weight [g, k, d]``, bias, dead units and rank.
@@ -39,6 +41,7 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0) -> Fit
     if role == "logits":
         dead = spread <= 0
         factor = config.logit_deviation / spread.mean().clamp(min=tiny).sqrt().expand_as(spread)
+        offset = config.prior * factor * frequencies(fit, classes)
     elif role == "values":
         dead = spread <= 0
         factor = (weight * cov.xt.mT).sum(2) / spread.clamp(min=tiny)
@@ -55,7 +58,24 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0) -> Fit
     rank = numerical_rank(weight)
     weight = cov.from_coordinates(weight)
     bias = offset - torch.bmm(weight, cov.mean_x.unsqueeze(2)).squeeze(2)
-    return replace(fit, weight=weight, bias=bias, dead=dead, rank=rank, statistics=None, output_variance=None)
+    return replace(
+        fit, weight=weight, bias=bias, dead=dead, rank=rank, statistics=None, scale=None, output_variance=None
+    )
+
+
+def frequencies(fit: Fit, classes: bool) -> Tensor:
+    """How frequent classes or labels are, in the logits of a solution before they are scaled, ``[g, k]``.
+
+    A least-squares fit of a target ``t`` is ``y + mean(t)`` with ``y`` the solution's centered output over
+    ``(1 + lambda) / lambda`` times the code's scale, and decides where it passes ``1/c`` of c classes, 1/2 of a label.
+    """
+    cov = fit.statistics
+    assert cov is not None
+    assert fit.scale is not None
+    share = cov.mean_t - (1 / cov.mean_t.shape[-1] if classes else 0.5)
+    if fit.weight.shape[1] < share.shape[-1]:  # one logit: the second class against the first
+        share = share[..., 1:] - share[..., :1]
+    return fit.scale.squeeze(2) * share * ((1 + fit.encoding_weight) / max(fit.encoding_weight, 1e-12))
 
 
 def numerical_rank(weight: Tensor) -> Tensor:
