@@ -162,10 +162,11 @@ def _in_a_line(error: Exception) -> str:
 def _distinct(plan: Plan, plan_of: Callable[[Recipe], Plan]) -> dict[str, Plan]:
     """The plans of the recipes to try, without those that do the same as an earlier one."""
     found: dict[str, Plan] = {}
-    known: set[frozenset[tuple[str, Code, float]]] = set()
+    known: set[frozenset[tuple[str, Code, float, float]]] = set()
     for recipe in TRIED:
         each = plan if recipe is FALLBACK else plan_of(recipe)
-        does = frozenset((site.name, site.code, site.deviation) for site in each.sites if isinstance(site, MatrixSite))
+        sites = [site for site in each.sites if isinstance(site, MatrixSite)]
+        does = frozenset((site.name, site.code, site.deviation, site.encoding) for site in sites)
         if does not in known:
             known.add(does)
             found[recipe.name] = each

@@ -25,6 +25,7 @@ from sylinit.plan.selection import matches, require_match, selector
 from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import Trace
 from sylinit.report import LayerReport
+from sylinit.solvers.problem import Role
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def make_plan(
             continue
         code = _with_targets(code, view.name, heads.told)
         deviation = recipe.ends if recipe and _ends_branch(view, trace) else 1.0
-        sites.append(MatrixSite(view, code, "directions" if held else "units", heads.told, entry, deviation))
+        encoding = recipe.encoding if recipe and not isinstance(view, ConvView) else 1.0
+        role: Role = "directions" if held else "units"
+        sites.append(MatrixSite(view, code, role, heads.told, entry, deviation, encoding))
     if not wish.heads_only:  # a quantized body is no hindrance to its head
         _refuse_quantized(left, modules, chosen)
     left += [LayerReport(name, "", "left alone", MADE_INSIDE) for name in trace.made]

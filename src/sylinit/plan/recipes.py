@@ -29,12 +29,14 @@ class Recipe:
         meaning: the sentence.
         rule: from layers to codes.
         ends: the deviation of what a Linear layer adds to a residual stream, over that of all other units.
+        encoding: lambda of Linear layers, over `Config.encoding_weight`.
     """
 
     name: str
     meaning: str
     rule: Rule
     ends: float = 1.0
+    encoding: float = 1.0
 
 
 HALF = mixed(0.5)
@@ -45,6 +47,10 @@ ENDS = 0.3
 Source: De and Smith, *Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep Networks*,
 NeurIPS 2020.
 """
+
+ENCODING = 0.1
+"""A Linear layer sees each sample once, where a convolution sees it at many places: its label units explain the samples
+that they were computed from, and no others, unless lambda is small and draws them toward the means of the classes."""
 
 
 def _half(view: LayerView, entry: bool) -> Code | None:
@@ -62,14 +68,14 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         OWN,
         Recipe("mixed", "principal components and label units in every layer", lambda view, entry: CODES["mixed"]),
-        Recipe("half", "principal components and label units, in linear layers half of each", _half, ENDS),
+        Recipe("half", "principal components and label units, in linear layers half of each", _half, ENDS, ENCODING),
         Recipe("pca", "principal components in every layer", lambda view, entry: CODES["pca"]),
         Recipe(
             "first",
             "the layers that read the data, the others keep their weights",
             lambda view, entry: CODES["mixed"] if entry else None,
         ),
-        Recipe("own-attention", "as half, but attention keeps its weights", _own_attention, ENDS),
+        Recipe("own-attention", "as half, but attention keeps its weights", _own_attention, ENDS, ENCODING),
     )
 }
 """By name, the model's own body first."""

@@ -91,6 +91,7 @@ class MatrixSite:
         goal: what is known of the samples: of a head, what it is to predict.
         entry: whether it reads the user's data before any layer has changed it.
         deviation: of its units' outputs, over that of all other units.
+        encoding: its lambda, over `Config.encoding_weight`.
     """
 
     view: LayerView
@@ -99,6 +100,7 @@ class MatrixSite:
     goal: Goal | None = None
     entry: bool = False
     deviation: float = 1.0
+    encoding: float = 1.0
 
     @property
     def name(self) -> str:
@@ -180,7 +182,8 @@ class MatrixSite:
         scaled = standardized(rows, context.config) if self.entry and self.intercept else None
         source = scaled or rows
         problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept)
-        fit = solve(source, problem, context.config)
+        config = replace(context.config, encoding_weight=self.encoding * context.config.encoding_weight)
+        fit = solve(source, problem, config)
         fit = context.processes.together(
             lambda: rescale(fit, self.role, context.config, self.deviation, self._exclusive)
         )
