@@ -547,7 +547,7 @@ def test_an_expert_that_met_fewer_than_two_rows_is_left_alone():
     x, y = vectors()
     x[17, 0] = -1.0
     before = (model := Routed()).experts[2].weight.clone()
-    report = sylinit.initialize_(model, [(x, y)])
+    report = sylinit.initialize_(model, [(x, y)], code="mixed")
     assert report["experts.0"].rows + report["experts.1"].rows == 59
     assert "fewer than two rows of input" in report["experts.2"].reason
     assert torch.equal(model.experts[2].weight, before)

@@ -210,7 +210,7 @@ def test_a_recipe_out_of_the_race_is_compared_where_both_were_tried():
 
 def test_a_clear_race_ends_after_one_fold():
     model, sizes = Fourier(), []
-    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(150, 4, generator=torch.Generator().manual_seed(0))
     y = (torch.sin(x @ model.body.weight[0].detach() + model.body.bias[0].detach()) > 0).long()
 
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -218,8 +218,8 @@ def test_a_clear_race_ends_after_one_fold():
         return model(batch[0])
 
     report = sylinit.initialize_(model, [(x, y)], forward=forward)
-    assert "scores of 30 held-out samples" in report.notes[0]
-    assert sizes[-7:-1] == 3 * [60, 30]  # between trial run and pass, three recipes on one fold and on the rest
+    assert "scores of 50 held-out samples" in report.notes[0]
+    assert sizes[-7:-1] == 3 * [100, 50]  # between trial run and pass, three recipes on one fold and on the rest
 
 
 def test_where_the_head_stays_no_recipe_is_judged_and_the_body_is_computed():

@@ -125,7 +125,7 @@ class MatrixSite:
     @property
     def _exclusive(self) -> bool:
         """Whether its outputs are logits of classes that exclude each other."""
-        return self.goal is None or self.goal.task.classes > 0
+        return self.goal is None or self.goal.task.name in ("multiclass", "next-token") or self.goal.task.classes > 0
 
     @property
     def intercept(self) -> bool:
