@@ -17,6 +17,7 @@ from sylinit.data.tasks import Task
 from sylinit.plan.choice import _best, _still_racing
 from sylinit.plan.heads import Heads
 from sylinit.plan.plan import Plan
+from sylinit.plan import choice
 from sylinit.plan.recipes import FALLBACK, RECIPES
 
 
@@ -43,6 +44,27 @@ def test_the_own_body_stays_bit_for_bit_where_it_is_best():
     assert all(torch.equal(value, before[key]) for key, value in model.body.state_dict().items())
     assert report["body"].action == "left alone"
     assert report["head"].code == "head"
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.inner, self.outer, self.head = (nn.Linear(12, width) for width in (12, 12, 12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.outer(self.inner(x).relu()))
+
+
+@pytest.mark.parametrize("name", ["half", "own-attention"])
+def test_a_recipe_that_is_tried_is_that_of_its_name(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choice, "TRIED", (RECIPES["own"], RECIPES["mixed"], RECIPES[name]))
+    monkeypatch.setattr(choice, "_best", lambda values, plans: choice.Choice(plans[name]))
+    tried, named = Residual(), Residual()
+    sylinit.initialize_(tried, [vectors(300)], code="auto")
+    sylinit.initialize_(named, [vectors(300)], code=name)
+    assert all(map(torch.equal, tried.state_dict().values(), named.state_dict().values()))
 
 
 def taken(report: sylinit.Report) -> str:

@@ -20,7 +20,7 @@ from sylinit.layers.registry import is_quantized
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, find_heads, module_name
 from sylinit.plan.inventory import Inventory
-from sylinit.plan.recipes import AUTO, RECIPES, Recipe, recipe_named
+from sylinit.plan.recipes import AUTO, RECIPES, recipe_named
 from sylinit.plan.selection import matches, require_match, selector
 from sylinit.plan.sites import MatrixSite, NormalizationSite, Site
 from sylinit.plan.trace import Trace
@@ -86,7 +86,8 @@ def make_plan(
     modules = {name or ROOT: module for name, module in model.named_modules()}
     names = [name for name in (*modules, *(view.name for view in views)) if name not in ("", ROOT)]
     chosen = selector(wish.layers, names)
-    code_of, recipe = _codes(wish.code, names), recipe_named(wish.code)
+    recipe = recipe_named(wish.code)
+    code_of = recipe.rule if recipe else _codes(wish.code, names)
     asked = _asked_task(wish, model, data)
     heads = find_heads(views, wish.head, asked, wish.classes, names, data, trace)
     if asked != wish.task and heads.task.name == asked:
@@ -116,6 +117,7 @@ def make_plan(
             left.append(LayerReport(view.name, view.kind, "left alone", reason))
             owners |= {_memory(parameter): view.name for parameter in view.parameters}
     passed_over = {layer.name for layer in left}
+    classes = heads.told is not None and heads.told.task.has_logits
     for view in views:
         if view.name in passed_over:
             continue
@@ -136,7 +138,7 @@ def make_plan(
             continue
         code = _with_targets(code, view.name, heads.told)
         deviation = recipe.ends if recipe and _ends_branch(view, trace) else 1.0
-        encoding = recipe.encoding if recipe and not isinstance(view, ConvView) else 1.0
+        encoding = recipe.encoding if recipe and classes and not isinstance(view, ConvView) else 1.0
         role: Role = "directions" if held else "units"
         sites.append(MatrixSite(view, code, role, heads.told, entry, deviation, encoding))
     if not wish.heads_only:  # a quantized body is no hindrance to its head
@@ -294,7 +296,8 @@ def _advice(sites: Sequence[Site], wish: Wish, heads: Heads, data: CalibrationSe
     """What a user should know of codes that fell back and of normalizations that start otherwise."""
     notes = []
     used = {site.code.name for site in sites if isinstance(site, MatrixSite)}
-    asked = wish.code if recipe_named(wish.code) else as_code(wish.code).name if isinstance(wish.code, str) else None
+    named = isinstance(wish.code, str)
+    asked = None if not named else wish.code if recipe_named(wish.code) else as_code(wish.code).name
     if asked and heads.told is None and used and asked not in used:
         notes.append(f"there are no labels, so the code {asked!r} fell back to {', '.join(sorted(used))!r}")
     held = any(getattr(site, "held", False) or getattr(site, "role", "") == "directions" for site in sites)
@@ -330,9 +333,6 @@ def _ends_branch(view: LayerView, trace: Trace) -> bool:
 
 def _codes(code: Any, names: list[str]) -> Callable[[LayerView, bool], Code | None]:
     """A function from a layer, and whether it reads the data itself, to its latent code; None keeps the layer."""
-    code = recipe_named(code) or code
-    if isinstance(code, Recipe):
-        return code.rule
     if not isinstance(code, Mapping):
         one = as_code(code, (AUTO, *RECIPES))
         return lambda view, entry: one

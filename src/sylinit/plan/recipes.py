@@ -29,7 +29,7 @@ class Recipe:
         meaning: the sentence.
         rule: from layers to codes.
         ends: the deviation of what a Linear layer adds to a residual stream, over that of all other units.
-        encoding: lambda of Linear layers, over `Config.encoding_weight`.
+        encoding: lambda of Linear layers that are told classes, over `Config.encoding_weight`.
     """
 
     name: str
@@ -50,7 +50,8 @@ NeurIPS 2020.
 
 ENCODING = 0.1
 """A Linear layer sees each sample once, where a convolution sees it at many places: its label units explain the samples
-that they were computed from, and no others, unless lambda is small and draws them toward the means of the classes."""
+that they were computed from, and no others, unless lambda is small and draws them toward the means of the classes. Of
+values there is one direction only, and nothing was gained."""
 
 
 def _half(view: LayerView, entry: bool) -> Code | None:
@@ -92,7 +93,9 @@ AUTO = "auto"
 
 
 def recipe_named(code: Any) -> Recipe | None:
-    """The recipe that a ``code=`` names, `FALLBACK` for "auto"; None for a registered code, or no recipe."""
+    """The recipe that a ``code=`` is or names, `FALLBACK` for "auto"; None for a registered code, or no recipe."""
+    if isinstance(code, Recipe):
+        return code
     if isinstance(code, str) and code == AUTO:
         return FALLBACK
     return RECIPES.get(code) if isinstance(code, str) and code not in CODES else None
