@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit.data.tasks import Task
+from sylinit.plan import choice
 from sylinit.plan.choice import _best, _still_racing
 from sylinit.plan.heads import Heads
 from sylinit.plan.plan import Plan
-from sylinit.plan import choice
 from sylinit.plan.recipes import FALLBACK, RECIPES
 
 
