@@ -55,6 +55,9 @@ ADAPTERS = {
 }
 """How pages call the initializations of adapters."""
 
+HEADS = {"random": "random", "computed": "computed", "large": "computed, logits of 1"}
+"""How pages call the heads."""
+
 MARKS = ["before", "10 %", "30 %", "100 % of the steps"]
 
 
@@ -62,13 +65,13 @@ def adapters() -> str:
     """Accuracy on Banking77, one row for each initialization of adapters and head; the best of each column is bold."""
     found = {arm: means(curves) for arm, curves in adapter_curves("banking77").items() if curves}
     body = []
-    for arm in sorted(found, key=lambda arm: (int(arm[0]), arm[2] == "computed", list(ADAPTERS).index(arm[1]))):
+    for arm in sorted(found, key=lambda arm: (int(arm[0]), list(HEADS).index(arm[2]), list(ADAPTERS).index(arm[1]))):
         beside = [curve for other, curve in found.items() if other[0] == arm[0]]
         cells = [
             f"**{100 * value:.1f}**" if value == max(values) else f"{100 * value:.1f}"
             for value, *values in zip(found[arm], *beside, strict=True)
         ]
-        body.append([arm[0], ADAPTERS[arm[1]], arm[2], *cells])
+        body.append([arm[0], ADAPTERS[arm[1]], HEADS[arm[2]], *cells])
     return markdown(["labels of each class", "adapters", "head", *MARKS], body, 3)
 
 
