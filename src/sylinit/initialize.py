@@ -253,7 +253,9 @@ def _initialize(
 
                     plan = plan_of(wish.code)
                     positions = _picked(plan, seen, data, transaction, processes, call)
-                    context = Context(data, _constants(config, wish), processes, transaction, seen.layouts, positions)
+                    context = Context(
+                        data, _constants(config, wish, plan), processes, transaction, seen.layouts, positions
+                    )
                     if wish.code == "auto" and wish.layers is None and not wish.overwrite:
                         choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
                         plan, notes = choice.plan, choice.notes
@@ -288,9 +290,10 @@ def _initialize(
     )
 
 
-def _constants(config: Config, wish: Wish) -> Config:
-    """The constants, of which a head that is computed alone takes the least error: it is to predict as it is."""
-    alone = wish.heads_only or wish.layers == "head"
+def _constants(config: Config, wish: Wish, plan: Plan) -> Config:
+    """The constants, of which a head that is asked for alone takes the least error: it is to predict as it is."""
+    computed = [site for site in plan.sites if isinstance(site, MatrixSite)]
+    alone = wish.heads_only or (wish.layers is not None and all(site.is_head for site in computed))
     return replace(config, value_standard_errors=0.0) if alone else config
 
 

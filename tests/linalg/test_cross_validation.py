@@ -154,8 +154,8 @@ def test_within_standard_errors_the_smallest_weight_is_taken():
     assert chosen[0] > chosen[1] > chosen[2]
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_head_of_values_shrinks_where_it_is_to_be_trained(alone: bool):
+@pytest.mark.parametrize("alone", [None, "the function", "head", "2"])
+def test_a_head_of_values_shrinks_where_it_is_to_be_trained(alone: str | None):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 12, generator=generator)
     y = x[:, :1] + torch.randn(60, 1, generator=generator)
@@ -166,12 +166,14 @@ def test_a_head_of_values_shrinks_where_it_is_to_be_trained(alone: bool):
         for part in model[::2]:
             part.reset_parameters()
         constants = Config(value_standard_errors=errors)
-        if alone:
+        if alone == "the function":
             sylinit.initialize_head_(model, [(x, y)], config=constants)
+        elif alone:
+            sylinit.initialize_(model, [(x, y)], layers=alone, config=constants)
         else:
             sylinit.initialize_(model, [(x, y)], code="own", config=constants)
         found[errors] = float(model[2].weight.detach().norm())
-    assert (found[1.0] < found[0.0]) is not alone
+    assert (found[1.0] < found[0.0]) is (alone is None)
 
 
 def test_a_head_of_values_with_fewer_rows_than_features_does_not_explain_the_noise():

@@ -134,7 +134,7 @@ def choose(
         if context.data.samples < FEWEST:
             return fallback(f"{context.data.samples} samples are too few to judge recipes by")
         try:
-            values = _held_out(plans, plan.heads.goals, model, trace, context, reader, call, offload)
+            values, failed = _held_out(plans, plan.heads.goals, model, trace, context, reader, call, offload)
         except Exception as error:  # in whatever a model cannot do with other batches than the user's
             context.processes.announce(error)
             context.transaction.rewind()
@@ -144,7 +144,7 @@ def choose(
         return fallback(f"{labels} labels are too few to judge recipes by")
     if not any(math.isfinite(sum(each)) for each in values.values()):
         return fallback("the model's output on held-out samples is not finite")
-    return _best(values, plans)
+    return _best(values, plans, failed)
 
 
 def _computed(plan: Plan) -> list[LayerView]:
@@ -182,8 +182,8 @@ def _held_out(
     reader: Reader,
     call: Callable[[Batch], Any],
     offload: bool | str,
-) -> dict[str, list[float]]:
-    """What each recipe's prediction of each held-out sample with a label is worth, in all processes.
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """What each recipe's prediction of each held-out sample with a label is worth, in all processes, and what failed.
 
     The first head that is computed is judged. The same samples come in the same order for every recipe, however the
     data is cut, and each recipe gets a copy of its own: a model may write into its input. A recipe that is credibly
@@ -196,6 +196,7 @@ def _held_out(
     folds = _folds(goal, processes)
     count = min(FOLDS, math.ceil(JUDGED * FOLDS / len(folds)))
     found: dict[str, list[float]] = {name: [] for name in plans}
+    failed: dict[str, str] = {}
     racing = list(plans)
     for fold in range(count):
         inside, outside = _at_most(JUDGED, folds == fold), _at_most(SEEN, folds != fold)
@@ -217,12 +218,13 @@ def _held_out(
                 if name == OWN.name:
                     raise
                 processes.announce(error)
+                failed[name] = _in_a_line(error)
                 found[name] += [math.nan] * (len(found[OWN.name]) - len(found[name]))
             context.transaction.rewind()
         racing = _still_racing({name: found[name] for name in racing})
         if len(racing) == 1:
             break
-    return found
+    return found, failed
 
 
 def _still_racing(values: Mapping[str, Sequence[float]]) -> list[str]:
@@ -331,7 +333,7 @@ def _folds(goal: Goal, processes: Processes) -> Tensor:
     return folds
 
 
-def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> Choice:
+def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan], failed: Mapping[str, str]) -> Choice:
     """The best of the recipes that were tried to the end; of equal ones the first, which is the model's own body."""
     known = {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
     most = max(map(len, known.values()))
@@ -339,7 +341,7 @@ def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan]) -> C
     taken, scores = ordered[0], []
     for name in ordered:
         if not math.isfinite(_mean(known[name])):
-            scores.append(f"{name} failed")
+            scores.append(f"{name} failed{f' ({failed[name]})' if name in failed else ''}")
             continue
         said = f"{name} {_mean(known[name]):.3f}"
         details = [] if len(known[name]) == most else [f"of {len(known[name])}"]
