@@ -185,6 +185,15 @@ def test_label_codes_bring_the_task_in():
     assert shares["pca"] < shares["mixed:0.5"] < shares["label"]
 
 
+def test_the_default_is_the_code_of_labels():
+    found = [adapted(bert())]
+    found.append(copy.deepcopy(found[0]))
+    report = initialize_adapters_(found[0], sentences())
+    initialize_adapters_(found[1], sentences(), code="label")
+    assert {layer.code for layer in report.initialized} == {"label"}
+    assert all(map(torch.equal, found[0].state_dict().values(), found[1].state_dict().values()))
+
+
 def test_without_labels_label_codes_fall_back_or_are_refused():
     batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in sentences()]
     report = initialize_adapters_(adapted(bert()), batches)

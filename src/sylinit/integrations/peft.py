@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sylinit.codes import Code, as_code
+from sylinit.codes import CODES, Code, as_code
 from sylinit.config import Config
 from sylinit.data.batches import Batch, Read, Reader, call_model, some_samples
 from sylinit.data.calibration import CalibrationSet, calibration_set
@@ -56,6 +56,9 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora import layer as lora_layers  # noqa: E402
 from peft.utils import ModulesToSaveWrapper  # noqa: E402
 
+AUTO = replace(CODES["label"], fallback="pca")
+"""Label units, which led wherever adapters were compared; without targets, principal components."""
+
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -77,7 +80,7 @@ def initialize_adapters_(
     peft_model: nn.Module,
     batches: Iterable[Any],
     *,
-    code: Any = "mixed",
+    code: Any = "auto",
     adapter: str = "default",
     layers: Any = None,
     rho: float = 1.0,
@@ -107,9 +110,9 @@ def initialize_adapters_(
         peft_model: what ``peft.get_peft_model`` returned.
         batches: calibration data as in `sylinit.initialize_`. They run through the model as they are cut, but those of
             sequences with an ``attention_mask`` by length, so that padding costs no time.
-        code: the latent code of the r units. "pca" spans the leading principal components, as EVA does; "label" and
-            "mixed" bring the targets in and fall back to "pca" without any. For causal language models the target of a
-            token is the embedding of the next one.
+        code: the latent code of the r units. "label" takes random directions of the targets; "pca" spans the leading
+            principal components, as EVA does; "mixed" has units of both kinds. "auto" is "label" where there are
+            targets, else "pca". For causal language models the target of a token is the embedding of the next one.
         adapter: which adapter, by name.
         layers: which adapted layers, as in `sylinit.initialize_`, by the names of the adapted modules.
         rho: ranks are redistributed if it is above 1: a layer may get up to ``rho r`` units where its further principal
@@ -164,7 +167,7 @@ def adapter_state_dict(
     peft_model: nn.Module,
     batches: Iterable[Any],
     *,
-    code: Any = "mixed",
+    code: Any = "auto",
     adapter: str = "default",
     layers: Any = None,
     rho: float = 1.0,
@@ -320,7 +323,7 @@ def _compute(
 ) -> _Found:
     """Every ``A``; the model is left as it was."""
     sites, records = _sites(model, adapter, layers)
-    chosen = as_code(code)
+    chosen = AUTO if isinstance(code, str) and code == "auto" else as_code(code, ("auto",))
     if chosen.needs != "moments":
         raise SylinitError(
             f"code={chosen.name!r} is fitted on rows, and adapters keep second moments only: choose 'pca', 'label', "
