@@ -13,7 +13,7 @@ from stored import NETWORKS, OURS, RESULTS, markdown, methods
 from stored import lead as row_lead
 
 from studies.suite.methods import RANDOM
-from studies.suite.report import Comparison, Results, compare, differences, on_series, percent, points, read
+from studies.suite.report import Comparison, Results, compare, differences, group_of, on_series, percent, points, read
 from studies.suite.tasks import SECOND_LOOK
 from sylinit.comparison.figures import style
 
@@ -78,6 +78,26 @@ def all_methods() -> str:
             cells.append(f"{percent(fmean(before))} → {percent(fmean(after))}")
         body.append([f"`{one.task}`", *cells])
     return markdown(["task", *WORDS.values()], body)
+
+
+INSTEAD = {
+    "minirocket": "MiniRocket",
+    "logistic": "logistic or ridge regression",
+    "forest": "random forest",
+    "ridge": "ridge on the embeddings",
+}
+"""References of the suite in a reader's words."""
+
+
+def instead() -> str:
+    """The default, and the best random start after training, beside what is no network, on the same data."""
+    body = []
+    for one in compared():
+        values = [results().references.get((group_of(one.task), name)) for name in INSTEAD]
+        if any(values):
+            cells = [percent(fmean(each.values())) if each else "" for each in values]
+            body.append([f"`{one.task}`", percent(one.before), percent(one.after), percent(one.best_after), *cells])
+    return markdown(["task", "sylinit, no step", "trained", "best random start", *INSTEAD.values()], body)
 
 
 def against() -> str:
@@ -167,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "suite-tasks": by_task,
     "suite-methods": all_methods,
     "suite-against": against,
+    "suite-instead": instead,
     "headline": headline,
 }
 FIGURES: dict[str, Callable[[], Figure]] = {"suite": draw}
