@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ class Score:
 
     Attributes:
         accuracy: share of right classes, or, with several labels, of right labels.
-        balanced_accuracy: the mean over classes of the share that is right; over labels, of each one's two classes.
+        balanced_accuracy: the mean over classes of the share that is right; over labels of which any is
+            known, of each one's two classes.
         loss: mean cross-entropy in nats; of values, mean squared error.
         r2: ``1 - sum (t - y)^2 / sum (t - mean t)^2``, over all values together.
     """
@@ -40,8 +42,8 @@ class Before(Score):
 
     Attributes:
         constant: of the best constant prediction.
-        cross_validated: of the head, each sample predicted by the head of all others, in closed form; None where that
-            is not to be had. The layers before the head have seen the sample, so it is a little too kind.
+        cross_validated: of the head, each sample predicted by the head of all others, in closed form, with the
+            frequencies of the classes among all; None where that is not to be had. The layers before the head have seen the sample, so it is a little too kind.
     """
 
     constant: Score = Score()
@@ -69,25 +71,22 @@ class Before(Score):
 
 
 def flat(
-    goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool, probabilities: bool
+    goal: Goal, outputs: Sequence[Tensor], units: int, *, channels_first: bool, probabilities: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Outputs ``[n, k]`` and targets ``[n]`` or ``[n, c]`` of all places with a target; None where shapes do not fit.
 
     Args:
         goal: what was to be predicted.
         outputs: of the model, by batch.
-        channels_first: whether units lie behind the samples.
+        units: k.
+        channels_first: whether the head's units lie behind the samples.
         probabilities: whether a sigmoid or a softmax comes last; logits are returned all the same.
     """
     rows, wanted = [], []
     for output, target in zip(outputs, goal.targets, strict=True):
-        y = output.movedim(1, -1) if channels_first and output.ndim > 2 else output
         lead = target.shape if goal.task.classes else target.shape[:-1]
-        if y.ndim == len(lead):
-            y = y.unsqueeze(-1)
-        if goal.task.flat:
-            y = output.flatten(1)
-        if y.shape[:-1] != lead:
+        y = output.flatten(1) if goal.task.flat else _units_last(output, lead, units, channels_first)
+        if y is None or y.shape[-1] != units:
             return None
         t = target.flatten() if goal.task.classes else target.flatten(0, -2)
         known = t >= 0 if goal.task.classes else ~t.isnan().all(-1)
@@ -95,6 +94,16 @@ def flat(
         wanted.append(t[known])
     y = torch.cat(rows)
     return as_logits(y) if probabilities and goal.task.has_logits else y, torch.cat(wanted)
+
+
+def _units_last(output: Tensor, lead: Sequence[int], units: int, channels_first: bool) -> Tensor | None:
+    """An output as ``[*lead, k]``: as the head made it, or as losses want it; None where it has another form."""
+    last, second = (*lead, units), (lead[0], units, *lead[1:])
+    shape = tuple(output.shape)
+    if shape == second and (channels_first or shape != last):
+        return output.movedim(1, -1)
+    forms = [last, (math.prod(lead), units), *([tuple(lead)] if units == 1 else [])]
+    return output.reshape(last) if shape in forms else None
 
 
 def as_logits(y: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
     if task.name == "multilabel":
         right = ((y > 0) == (t > 0.5))[known]
         loss = F.binary_cross_entropy_with_logits(y[known], t[known])
-        each = [_balanced((y[k, i] > 0).long(), t[k, i].long()) for i, k in enumerate(known.T)]
+        each = [_balanced((y[k, i] > 0).long(), t[k, i].long()) for i, k in enumerate(known.T) if bool(k.any())]
         return Score(_mean(right), sum(each) / len(each), float(loss))
     if task.name == "multiclass":  # shares of classes
         guess, best = y.argmax(1), t.argmax(1)

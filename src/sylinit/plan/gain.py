@@ -81,13 +81,13 @@ def predictions(view: LayerView, goal: Goal, output: Output, tensors: Sequence[T
         output: of the model, as the trial run showed it.
         tensors: the same, by batch.
     """
-    found = flat(
+    return flat(
         goal,
         tensors,
+        view.units,
         channels_first=isinstance(view, ConvView),
         probabilities=module_name(view) in output.probabilities,
     )
-    return None if found is None or found[0].shape[1] != view.units else found
 
 
 def _is_number(goal: Goal, found: Score) -> bool:
