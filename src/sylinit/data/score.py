@@ -43,7 +43,8 @@ class Before(Score):
     Attributes:
         constant: of the best constant prediction.
         cross_validated: of the head, each sample predicted by the head of all others, in closed form, with the
-            frequencies of the classes among all; None where that is not to be had. The layers before the head have seen the sample, so it is a little too kind.
+            frequencies of the classes among all; None where that is not to be had. The layers before the head have
+            seen the sample, so it is a little too kind.
     """
 
     constant: Score = Score()
