@@ -105,6 +105,17 @@ def test_next_tokens_are_the_labels_one_place_on(count, length, seed):
             assert found[row, place] == (ids[row, place + 1] if place + 1 < length else -1)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_no_next_token(left):
+    ids = torch.tensor([[5, 1, 2, 0, 0], [3, 4, 1, 2, 0]])
+    mask = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
+    ids, mask = (ids.flip(1), mask.flip(1)) if left else (ids, mask)
+    head = HeadShape("h", 6, (5,))
+    goal = make_goal(task_of(ids, head, "next-token", ids=ids), [ids], [mask], -100, ALONE)
+    after = [[-1, -1, 1, 5, -1], [-1, 1, 4, 3, -1]] if left else [[1, 2, -1, -1, -1], [4, 1, 2, -1, -1]]
+    assert goal.targets[0].tolist() == after
+
+
 def test_labels_beside_the_ids_are_no_next_tokens():
     ids = torch.arange(10).view(2, 5)
     assert task_of(ids % 3, HeadShape("h", 10, (5,)), ids=ids).name == "multiclass"
