@@ -111,3 +111,12 @@ def test_outputs_in_the_form_of_their_loss_are_scored(form: str) -> None:
     assert report.before.accuracy == pytest.approx((guess.flatten() == y.flatten()).double().mean().item(), abs=1e-9)
     assert report.before.accuracy > 0.6
     assert "held-out samples" in report.notes[0]
+
+
+def test_two_shares_that_are_asked_for_as_binary_are_two_classes() -> None:
+    """They were scored as one label of which the first output is the logit."""
+    x = torch.randn(90, 12, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0.8).long()
+    model, report = computed(2, nn.functional.one_hot(y, 2).float(), x=x, task="binary")
+    assert report.before.accuracy == (model(x).argmax(1) == y).double().mean()
+    assert report.before.loss == pytest.approx(float(nn.functional.cross_entropy(model(x).detach(), y)), rel=1e-5)

@@ -123,33 +123,63 @@ def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
         y: ``[n, k]`` outputs.
         t: ``[n]`` class indices, or ``[n, c]`` values, NaN where missing.
     """
+    return score_of(goal, score_sums(goal, y, t))
+
+
+def score_sums(goal: Goal, y: Tensor, t: Tensor) -> Tensor:
+    """The sums of which a score is made, float64, so that those of several processes may be added.
+
+    Of classes and labels: the loss, how many of each class are right ``[l, c]``, and how many there are ``[l, c]``;
+    l = 1, or c = 2 for l labels. Of values: the squared error, then ``[3, c]``: of the values less the goal's mean, of
+    their squares, and how many are known.
+
+    Args:
+        goal: what was to be predicted.
+        y: ``[n, k]`` outputs.
+        t: as in `score`.
+    """
     task = goal.task
-    if not len(t):
-        return Score()
     if task.classes and y.shape[1] == 1:
-        guess = (y[:, 0] > 0).long()
-        loss = F.binary_cross_entropy_with_logits(y[:, 0], t.double())
-        return Score(_mean(guess == t), _balanced(guess, t), float(loss))
+        loss = F.binary_cross_entropy_with_logits(y[:, 0], t.double(), reduction="sum")
+        return torch.cat([loss.view(1), _right_of_each((y[:, 0] > 0).long(), t, 2)])
     if task.classes:
-        guess = y.argmax(1)
-        return Score(_mean(guess == t), _balanced(guess, t), float(F.cross_entropy(y, t)))
+        loss = F.cross_entropy(y, t, reduction="sum")
+        return torch.cat([loss.view(1), _right_of_each(y.argmax(1), t, y.shape[1])])
+    if task.name in ("multiclass", "binary"):  # shares of classes
+        loss = F.cross_entropy(y, t, reduction="sum")
+        return torch.cat([loss.view(1), _right_of_each(y.argmax(1), t.argmax(1), y.shape[1])])
     known = ~t.isnan()
     if task.name == "multilabel":
-        right = ((y > 0) == (t > 0.5))[known]
-        loss = F.binary_cross_entropy_with_logits(y[known], t[known])
-        each = [_balanced((y[k, i] > 0).long(), t[k, i].long()) for i, k in enumerate(known.T) if bool(k.any())]
-        return Score(_mean(right), sum(each) / len(each), float(loss))
-    if task.name == "multiclass":  # shares of classes
-        guess, best = y.argmax(1), t.argmax(1)
-        return Score(_mean(guess == best), _balanced(guess, best), float(F.cross_entropy(y, t)))
-    if task.name == "binary":
-        guess, label = (y[:, 0] > 0).long(), t[:, 0].long()
-        loss = F.binary_cross_entropy_with_logits(y[:, 0], t[:, 0])
-        return Score(_mean(guess == label), _balanced(guess, label), float(loss))
-    mean = torch.where(known, t, 0).sum(0) / known.sum(0).clamp(min=1)
-    error = (y - t)[known].square()
-    total = (t - mean)[known].square().sum()
-    return Score(loss=float(error.mean()), r2=float(1 - error.sum() / total) if float(total) > 0 else None)
+        loss = F.binary_cross_entropy_with_logits(y[known], t[known], reduction="sum")
+        label, place = (t > 0.5).long(), 2 * torch.arange(t.shape[1], device=t.device)
+        guess, label = ((each + place)[known] for each in ((y > 0).long(), label))
+        return torch.cat([loss.view(1), _right_of_each(guess, label, 2 * t.shape[1])])
+    away = torch.where(known, t - goal.mean, 0)
+    error = (y - t)[known].square().sum()
+    return torch.cat([error.view(1), away.sum(0), away.square().sum(0), known.double().sum(0)])
+
+
+def score_of(goal: Goal, sums: Tensor) -> Score:
+    """The score that `score_sums` make, of all samples that they are of."""
+    first = sums[0]
+    if goal.task.has_logits:
+        right, count = sums[1:].view(2, -1, 2) if goal.task.name == "multilabel" else sums[1:].view(2, 1, -1)
+        if not bool(count.any()):
+            return Score()
+        each = torch.where(count > 0, right / count.clamp(min=1), 0).sum(1)  # of each label or of the one question
+        classes = (count > 0).sum(1)
+        balanced = (each / classes)[classes > 0].mean()
+        return Score(float(right.sum() / count.sum()), float(balanced), float(first / count.sum()))
+    away, square, count = sums[1:].view(3, -1)
+    if not bool(count.any()):
+        return Score()
+    total = float((square - away.square() / count.clamp(min=1)).sum())
+    return Score(loss=float(first / count.sum()), r2=1 - float(first) / total if total > 0 else None)
+
+
+def _right_of_each(guess: Tensor, label: Tensor, classes: int) -> Tensor:
+    """``[2 c]``: how many samples of each class are right, and how many there are."""
+    return torch.cat([label[guess == label].bincount(minlength=classes), label.bincount(minlength=classes)]).double()
 
 
 def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
@@ -167,11 +197,11 @@ def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
     if goal.task.classes:
         guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
         return (guess == t).double().masked_fill(unknown, torch.nan)
-    if goal.task.name == "multiclass":  # shares of classes
+    if goal.task.name in ("multiclass", "binary"):  # shares of classes
         return (y.argmax(1) == t.argmax(1)).double().masked_fill(unknown, torch.nan)
     known = ~t.isnan()
     count = known.double().sum(1).clamp(min=1)
-    if goal.task.name in ("multilabel", "binary"):
+    if goal.task.name == "multilabel":
         return ((((y > 0) == (t > 0.5)) & known).double().sum(1) / count).masked_fill(unknown, torch.nan)
     return 1 - torch.where(known, y - t, 0).square().sum(1) / (count * spread)
 
@@ -187,31 +217,22 @@ def fitted_score(goal: Goal, y: Tensor, t: Tensor) -> Score:
     return score(goal, y, t.argmax(1) if goal.task.classes else t)
 
 
-def constant_score(goal: Goal, t: Tensor, outputs: int) -> Score:
-    """The score of the best constant prediction: the frequencies of the classes, or the mean."""
-    if not len(t):
-        return Score()
+def target_sums(goal: Goal, t: Tensor, outputs: int) -> Tensor:
+    """How many there are of each class, or ``[2 c]``: of the values, and how many are known."""
     if goal.task.classes:
-        share = torch.bincount(t, minlength=max(2, outputs)).double() / len(t)
-        logits = share.clamp(min=1e-12).log()
-        y = (logits[1] - logits[0]).view(1, 1) if outputs == 1 else logits.unsqueeze(0)
-        return score(goal, y.expand(len(t), -1), t)
-    mean = t.nanmean(0)
-    if goal.task.name in ("multilabel", "binary"):
-        share = mean.clamp(1e-12, 1 - 1e-12)
-        mean = (share / (1 - share)).log()
-    elif goal.task.name == "multiclass":
+        return torch.bincount(t, minlength=max(2, outputs)).double()
+    return torch.cat([t.nansum(0), (~t.isnan()).double().sum(0)])
+
+
+def constant_prediction(goal: Goal, sums: Tensor, outputs: int) -> Tensor:
+    """The outputs ``[1, k]`` of the best constant prediction: the frequencies of the classes as logits, or the mean."""
+    if goal.task.classes:
+        logits = (sums / sums.sum().clamp(min=1)).clamp(min=1e-12).log()
+        return (logits[1] - logits[0]).view(1, 1) if outputs == 1 else logits.unsqueeze(0)
+    total, count = sums.view(2, -1)
+    mean = total / count.clamp(min=1)
+    if goal.task.name == "multilabel":
+        mean = mean.clamp(1e-12, 1 - 1e-12).logit()
+    elif goal.task.has_logits:  # shares of classes
         mean = mean.clamp(min=1e-12).log()
-    return score(goal, mean.expand_as(t), t)
-
-
-def _mean(right: Tensor) -> float:
-    return float(right.double().mean()) if right.numel() else float("nan")
-
-
-def _balanced(guess: Tensor, label: Tensor) -> float:
-    """The mean over the classes that occur of the share of each that is right."""
-    classes, place, count = label.unique(return_inverse=True, return_counts=True)
-    right = torch.zeros(len(classes), dtype=torch.float64, device=label.device)
-    right.index_add_(0, place, (guess == label).double())
-    return float((right / count).mean()) if len(classes) else float("nan")
+    return mean.unsqueeze(0)

@@ -322,9 +322,9 @@ def _folds(goal: Goal, processes: Processes) -> Tensor:
     """A fold for each sample of all processes, with the classes spread evenly over the folds."""
 
     def of(target: Tensor) -> Tensor:
-        if goal.task.classes and target.ndim == 1:
-            return target
-        if goal.task.name == "multiclass" and not goal.task.classes and target.ndim == 2:  # shares of classes
+        if goal.task.classes:
+            return target if target.ndim == 1 else torch.zeros(len(target), dtype=torch.long)
+        if goal.task.name in ("multiclass", "binary") and target.ndim == 2:  # shares of classes
             return target.nan_to_num(0).argmax(1).masked_fill(target.isnan().all(1), -1)
         return target.new_zeros(len(target), dtype=torch.long)
 

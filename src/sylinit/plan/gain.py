@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from sylinit.data.goals import Goal
-from sylinit.data.score import Before, Score, constant_score, flat, score
+from sylinit.data.score import Before, Score, constant_prediction, flat, score_of, score_sums, target_sums
 from sylinit.errors import warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, module_name
 from sylinit.plan.sites import Promise
 from sylinit.plan.trace import Output, Trace
+from sylinit.runtime.processes import Processes
 
 BROKEN_PROMISE = 0.05
 """A difference in accuracy or R² between output and promise that rounding does not explain."""
@@ -25,20 +28,25 @@ LONG_WEIGHTS = 10.0
 
 
 def judge(
-    heads: Heads, trace: Trace, outputs: Mapping[int, Sequence[Tensor]], promises: Mapping[str, Promise]
+    heads: Heads,
+    trace: Trace,
+    outputs: Mapping[int, Sequence[Tensor]],
+    promises: Mapping[str, Promise],
+    processes: Processes,
 ) -> tuple[Before, list[str]]:
-    """The score of the first head's output, and what the user should know of all heads.
+    """The score of the first head's output on the samples of all processes, and what is to be known of all heads.
 
     Args:
         heads: the heads and their goals.
         trace: which layers made which output.
         outputs: the tensors of the model's output, by batch.
         promises: what each head's solution said of its predictions.
+        processes: the group.
     """
     before, notes = Before(), []
     for number, (view, goal) in enumerate(heads.goals.items()):
         promise = promises.get(view.name, Promise())
-        found = _score_of(view, goal, trace, outputs)
+        found = _score_of(view, goal, trace, outputs, processes)
         if found is not None and not _is_number(goal, found[0]):
             notes.append(_not_finite(view))
             before = Before(loss=found[0].loss, constant=found[1]) if number == 0 else before
@@ -56,19 +64,30 @@ def judge(
 
 
 def _score_of(
-    view: LayerView, goal: Goal, trace: Trace, outputs: Mapping[int, Sequence[Tensor]]
+    view: LayerView, goal: Goal, trace: Trace, outputs: Mapping[int, Sequence[Tensor]], processes: Processes
 ) -> tuple[Score, Score] | None:
     """The score of the output that a head made, and of a constant prediction; None where no output has its form."""
     made = [i for i, out in enumerate(trace.outputs) if module_name(view) in out.made_by]
-    for place in [*made, *range(len(trace.outputs))]:
+
+    def at(place: int) -> tuple[Tensor, Tensor] | None:
         tensors = [parts[place] for _, parts in sorted(outputs.items()) if place < len(parts)]
         if len(tensors) != len(goal.targets) or not all(t.is_floating_point() and t.ndim for t in tensors):
+            return None
+        return predictions(view, goal, trace.outputs[place], tensors)
+
+    def sums(y: Tensor, t: Tensor, constant: Tensor) -> Tensor:
+        return torch.stack([score_sums(goal, each, t) for each in (y, constant.expand(len(t), -1))])
+
+    for place in dict.fromkeys([*made, *range(len(trace.outputs))]):
+        found = processes.together(partial(at, place))
+        rows = -1 if found is None else len(found[1])
+        counts = processes.agree(partial(int, rows))
+        if found is None or min(counts) < 0 or max(counts) == 0:
             continue
-        found = predictions(view, goal, trace.outputs[place], tensors)
-        if found is None or not len(found[1]):
-            continue
-        y, t = found
-        return score(goal, y, t), constant_score(goal, t, view.units)
+        totals = processes.sum_(processes.together(partial(target_sums, goal, found[1], view.units)))
+        constant = constant_prediction(goal, totals, view.units)
+        actual, of_constant = processes.sum_(processes.together(partial(sums, *found, constant)))
+        return score_of(goal, actual), score_of(goal, of_constant)
     return None
 
 
