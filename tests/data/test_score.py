@@ -120,3 +120,18 @@ def test_two_shares_that_are_asked_for_as_binary_are_two_classes() -> None:
     model, report = computed(2, nn.functional.one_hot(y, 2).float(), x=x, task="binary")
     assert report.before.accuracy == (model(x).argmax(1) == y).double().mean()
     assert report.before.loss == pytest.approx(float(nn.functional.cross_entropy(model(x).detach(), y)), rel=1e-5)
+
+
+def test_an_output_of_another_form_than_the_targets_is_said_to_be_unscored() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(12, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).relu())[:, ::2]
+
+    x = torch.randn(60, 8, 12, generator=torch.Generator().manual_seed(0))
+    report = sylinit.initialize_head_(Halved(), [(x, x[..., :4].argmax(2))])
+    assert report.before.accuracy is None
+    assert report.notes == ("head 'head': no output has the form of its targets, so how it predicts is not stated",)

@@ -47,6 +47,8 @@ def judge(
     for number, (view, goal) in enumerate(heads.goals.items()):
         promise = promises.get(view.name, Promise())
         found = _score_of(view, goal, trace, outputs, processes)
+        if found is None and trace.outputs and view.name in promises:
+            notes.append(f"head {view.name!r}: no output has the form of its targets, so how it predicts is not stated")
         if found is not None and not _is_number(goal, found[0]):
             notes.append(_not_finite(view))
             before = Before(loss=found[0].loss, constant=found[1]) if number == 0 else before
