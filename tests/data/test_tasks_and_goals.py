@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sylinit.data.goals import EMBEDDED, Goal, make_goal
-from sylinit.data.score import constant_prediction, score, target_sums
+from sylinit.data.score import constant_score, score, score_sums
 from sylinit.data.tasks import HeadShape, Task, facts_of, infer_task, merged
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import Processes
@@ -191,5 +191,7 @@ def test_scores_against_loops(count, classes, seed):
     loss = sum(float(y[i].exp().sum().log() - y[i, t[i]]) for i in range(count)) / count
     assert found.loss == pytest.approx(loss)
     most = max(t.tolist().count(c) for c in range(classes)) / count
-    constant = constant_prediction(goal, target_sums(goal, t, classes), classes).expand(len(t), -1)
-    assert score(goal, constant, t).accuracy == pytest.approx(most)
+    constant = constant_score(goal, score_sums(goal, y, t))
+    assert constant.accuracy == pytest.approx(most)
+    share = [t.tolist().count(c) / count for c in range(classes)]
+    assert constant.loss == pytest.approx(-sum(p * math.log(p) for p in share if p))

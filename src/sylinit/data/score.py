@@ -127,33 +127,31 @@ def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
 
 
 def score_sums(goal: Goal, y: Tensor, t: Tensor) -> Tensor:
-    """The sums of which a score is made, float64, so that those of several processes may be added.
+    """The sums of which scores are made, float64, so that those of several processes may be added.
 
     Of classes and labels: the loss, how many of each class are right ``[l, c]``, and how many there are ``[l, c]``;
-    l = 1, or c = 2 for l labels. Of values: the squared error, then ``[3, c]``: of the values less the goal's mean, of
-    their squares, and how many are known.
+    l = 1, or c = 2 for l labels; of shares of classes then their sums ``[c]``. Of values: the squared error, then
+    ``[3, c]``: of the values less the goal's mean, of their squares, and how many are known.
 
     Args:
         goal: what was to be predicted.
         y: ``[n, k]`` outputs.
         t: as in `score`.
     """
-    task = goal.task
-    if task.classes and y.shape[1] == 1:
+    if goal.task.classes and y.shape[1] == 1:
         loss = F.binary_cross_entropy_with_logits(y[:, 0], t.double(), reduction="sum")
-        return torch.cat([loss.view(1), _right_of_each((y[:, 0] > 0).long(), t, 2)])
-    if task.classes:
-        loss = F.cross_entropy(y, t, reduction="sum")
-        return torch.cat([loss.view(1), _right_of_each(y.argmax(1), t, y.shape[1])])
-    if task.name in ("multiclass", "binary"):  # shares of classes
-        loss = F.cross_entropy(y, t, reduction="sum")
-        return torch.cat([loss.view(1), _right_of_each(y.argmax(1), t.argmax(1), y.shape[1])])
+        return torch.cat([loss.view(1), *_right_of_each((y[:, 0] > 0).long(), t, 2)])
+    if goal.task.classes:
+        return torch.cat([F.cross_entropy(y, t, reduction="sum").view(1), *_right_of_each(y.argmax(1), t, y.shape[1])])
+    if _of_shares(goal):
+        loss, counts = F.cross_entropy(y, t, reduction="sum"), _right_of_each(y.argmax(1), t.argmax(1), y.shape[1])
+        return torch.cat([loss.view(1), *counts, t.sum(0)])
     known = ~t.isnan()
-    if task.name == "multilabel":
+    if goal.task.name == "multilabel":
         loss = F.binary_cross_entropy_with_logits(y[known], t[known], reduction="sum")
-        label, place = (t > 0.5).long(), 2 * torch.arange(t.shape[1], device=t.device)
-        guess, label = ((each + place)[known] for each in ((y > 0).long(), label))
-        return torch.cat([loss.view(1), _right_of_each(guess, label, 2 * t.shape[1])])
+        place = 2 * torch.arange(t.shape[1], device=t.device)
+        guess, label = ((each.long() + place)[known] for each in (y > 0, t > 0.5))
+        return torch.cat([loss.view(1), *_right_of_each(guess, label, 2 * t.shape[1])])
     away = torch.where(known, t - goal.mean, 0)
     error = (y - t)[known].square().sum()
     return torch.cat([error.view(1), away.sum(0), away.square().sum(0), known.double().sum(0)])
@@ -161,25 +159,61 @@ def score_sums(goal: Goal, y: Tensor, t: Tensor) -> Tensor:
 
 def score_of(goal: Goal, sums: Tensor) -> Score:
     """The score that `score_sums` make, of all samples that they are of."""
-    first = sums[0]
+    first, *others = sums.tolist()
     if goal.task.has_logits:
-        right, count = sums[1:].view(2, -1, 2) if goal.task.name == "multilabel" else sums[1:].view(2, 1, -1)
-        if not bool(count.any()):
-            return Score()
-        each = torch.where(count > 0, right / count.clamp(min=1), 0).sum(1)  # of each label or of the one question
-        classes = (count > 0).sum(1)
-        balanced = (each / classes)[classes > 0].mean()
-        return Score(float(right.sum() / count.sum()), float(balanced), float(first / count.sum()))
-    away, square, count = sums[1:].view(3, -1)
-    if not bool(count.any()):
-        return Score()
-    total = float((square - away.square() / count.clamp(min=1)).sum())
-    return Score(loss=float(first / count.sum()), r2=1 - float(first) / total if total > 0 else None)
+        right, count, _ = _of_each(goal, others)
+        return _score_of_counts(first, right, count)
+    total, known = _distance(others)
+    return Score(loss=first / known, r2=1 - first / total if total > 0 else None) if known else Score()
 
 
-def _right_of_each(guess: Tensor, label: Tensor, classes: int) -> Tensor:
-    """``[2 c]``: how many samples of each class are right, and how many there are."""
-    return torch.cat([label[guess == label].bincount(minlength=classes), label.bincount(minlength=classes)]).double()
+def constant_score(goal: Goal, sums: Tensor) -> Score:
+    """The score of the best constant prediction: the frequencies of the classes, or the mean of the values."""
+    _, *others = sums.tolist()
+    if not goal.task.has_logits:
+        total, known = _distance(others)
+        return Score(loss=total / known, r2=0.0 if total > 0 else None) if known else Score()
+    _, count, share = _of_each(goal, others)
+    right, loss = [], 0.0
+    for counts, shares in zip(count, share, strict=True):
+        best, whole = shares.index(max(shares)), sum(shares)
+        right.append([number * (place == best) for place, number in enumerate(counts)])
+        loss -= sum(part * math.log(part / whole) for part in shares if part > 0)
+    return _score_of_counts(loss, right, count)
+
+
+def _of_each(goal: Goal, sums: list[float]) -> tuple[list[list[float]], ...]:
+    """How many of each class are right, how many there are, and the sums of their shares, ``[l][c]`` each."""
+    parts = 3 if _of_shares(goal) else 2
+    size = len(sums) // parts
+    step = 2 if goal.task.name == "multilabel" else size
+    right, count, *share = [[sums[i : i + step] for i in range(p, p + size, step)] for p in range(0, len(sums), size)]
+    return right, count, *(share or [count])
+
+
+def _score_of_counts(loss: float, right: list[list[float]], count: list[list[float]]) -> Score:
+    """Of the sum of losses, and how many of each class are right, and are there, ``[l][c]``."""
+    each = [[r / n for r, n in zip(*pair, strict=True) if n] for pair in zip(right, count, strict=True)]
+    means = [sum(shares) / len(shares) for shares in each if shares]
+    rows = sum(map(sum, count))
+    return Score(sum(map(sum, right)) / rows, sum(means) / len(means), loss / rows) if rows else Score()
+
+
+def _distance(sums: list[float]) -> tuple[float, float]:
+    """The squared distance of values from their mean, and how many are known."""
+    width = len(sums) // 3
+    away, square, known = (sums[start : start + width] for start in (0, width, 2 * width))
+    return sum(s - a * a / max(n, 1) for a, s, n in zip(away, square, known, strict=True)), sum(known)
+
+
+def _of_shares(goal: Goal) -> bool:
+    """Whether the targets are shares of classes, rather than one class each, or labels."""
+    return not goal.task.classes and goal.task.name in ("multiclass", "binary")
+
+
+def _right_of_each(guess: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """How many samples of each class are right, and how many there are, ``[c]`` each."""
+    return label[guess == label].bincount(minlength=classes), label.bincount(minlength=classes)
 
 
 def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
@@ -197,7 +231,7 @@ def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
     if goal.task.classes:
         guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
         return (guess == t).double().masked_fill(unknown, torch.nan)
-    if goal.task.name in ("multiclass", "binary"):  # shares of classes
+    if _of_shares(goal):
         return (y.argmax(1) == t.argmax(1)).double().masked_fill(unknown, torch.nan)
     known = ~t.isnan()
     count = known.double().sum(1).clamp(min=1)
@@ -215,24 +249,3 @@ def fitted_score(goal: Goal, y: Tensor, t: Tensor) -> Score:
         t: ``[n, c]``: one-hot vectors of classes, or values.
     """
     return score(goal, y, t.argmax(1) if goal.task.classes else t)
-
-
-def target_sums(goal: Goal, t: Tensor, outputs: int) -> Tensor:
-    """How many there are of each class, or ``[2 c]``: of the values, and how many are known."""
-    if goal.task.classes:
-        return torch.bincount(t, minlength=max(2, outputs)).double()
-    return torch.cat([t.nansum(0), (~t.isnan()).double().sum(0)])
-
-
-def constant_prediction(goal: Goal, sums: Tensor, outputs: int) -> Tensor:
-    """The outputs ``[1, k]`` of the best constant prediction: the frequencies of the classes as logits, or the mean."""
-    if goal.task.classes:
-        logits = (sums / sums.sum().clamp(min=1)).clamp(min=1e-12).log()
-        return (logits[1] - logits[0]).view(1, 1) if outputs == 1 else logits.unsqueeze(0)
-    total, count = sums.view(2, -1)
-    mean = total / count.clamp(min=1)
-    if goal.task.name == "multilabel":
-        mean = mean.clamp(1e-12, 1 - 1e-12).logit()
-    elif goal.task.has_logits:  # shares of classes
-        mean = mean.clamp(min=1e-12).log()
-    return mean.unsqueeze(0)

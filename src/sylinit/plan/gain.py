@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from sylinit.data.goals import Goal
-from sylinit.data.score import Before, Score, constant_prediction, flat, score_of, score_sums, target_sums
+from sylinit.data.score import Before, Score, constant_score, flat, score_of, score_sums
 from sylinit.errors import warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
@@ -77,19 +76,14 @@ def _score_of(
             return None
         return predictions(view, goal, trace.outputs[place], tensors)
 
-    def sums(y: Tensor, t: Tensor, constant: Tensor) -> Tensor:
-        return torch.stack([score_sums(goal, each, t) for each in (y, constant.expand(len(t), -1))])
-
     for place in dict.fromkeys([*made, *range(len(trace.outputs))]):
         found = processes.together(partial(at, place))
         rows = -1 if found is None else len(found[1])
         counts = processes.agree(partial(int, rows))
         if found is None or min(counts) < 0 or max(counts) == 0:
             continue
-        totals = processes.sum_(processes.together(partial(target_sums, goal, found[1], view.units)))
-        constant = constant_prediction(goal, totals, view.units)
-        actual, of_constant = processes.sum_(processes.together(partial(sums, *found, constant)))
-        return score_of(goal, actual), score_of(goal, of_constant)
+        sums = processes.sum_(processes.together(partial(score_sums, goal, *found)))
+        return score_of(goal, sums), constant_score(goal, sums)
     return None
 
 
