@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sylinit
 from conftest import images, small_mlp, small_resnet, vectors
 from sylinit.config import Config
-from sylinit.errors import SylinitError
+from sylinit.errors import SylinitError, SylinitWarning
 
 
 def refused(model: nn.Module, batches: Any, *words: str, **arguments: Any) -> None:
@@ -105,7 +105,8 @@ def test_integer_one_hot_labels_are_shares_of_classes():
 def test_a_single_row_that_only_a_late_layer_meets():
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     x, y = images(1)
-    report = sylinit.initialize_(model, [(x, y)], head="3")
+    with pytest.warns(SylinitWarning, match="'3' keeps its weights"):
+        report = sylinit.initialize_(model, [(x, y)], head="3")
     assert report["0"].action == "initialized"
     assert report["3"].action == "left alone"
     assert "fewer than two rows of input" in report["3"].reason
@@ -114,7 +115,8 @@ def test_a_single_row_that_only_a_late_layer_meets():
 def test_a_single_sample_initializes_nothing():
     model = small_mlp()
     before = [p.detach().clone() for p in model.parameters()]
-    report = sylinit.initialize_(model, [(X[2:3], Y[2:3])])
+    with pytest.warns(SylinitWarning, match="'4' keeps its weights"):
+        report = sylinit.initialize_(model, [(X[2:3], Y[2:3])])
     assert not report.initialized
     assert all("fewer than two rows of input" in layer.reason for layer in report.left_alone)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
 
 import pytest
@@ -419,6 +420,23 @@ def test_a_head_that_is_tied_to_an_embedding_is_left_alone():
     assert {layer.name for layer in report.initialized} == {"inner"}
     assert "tied to that of 'embed'" in report["head"].reason
     assert torch.equal(before, model.embed.weight)
+
+
+def test_a_head_that_is_tied_to_a_layer_that_is_computed_is_warned_of():
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    model[2].weight = model[0].weight
+    x, y = vectors()
+    with pytest.warns(sylinit.SylinitWarning, match="head '2' predicts nothing yet: its weight is tied to that of '0'"):
+        report = sylinit.initialize_(model, [(x, y)])
+    assert report["2"].action == "left alone"
+    assert any("predicts nothing yet" in note for note in report.notes)
+
+
+def test_the_nearest_names_are_named_once():
+    with pytest.raises(sylinit.SylinitError, match=r"the nearest names are 'fc', 'head'$"):
+        sylinit.initialize_(
+            nn.Sequential(OrderedDict(fc=nn.Linear(12, 8), head=nn.Linear(8, 3))), [vectors()], layers="zzz"
+        )
 
 
 def test_a_selected_layer_does_not_change_one_that_is_tied_to_it():

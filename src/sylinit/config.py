@@ -35,6 +35,7 @@ class Config:
         prior: what share of the frequencies of classes or labels the bias of a head with logits carries. 1 is the
             decision of a least-squares fit, which favors frequent classes; 0 leaves them out, which favors rare ones.
             One half lies midway between the classes' mean logits on new samples, where a fit is about half as high.
+            Where features tell next to nothing, less is carried (`sylinit.solvers.scaling.carried`).
         scale_ratio: a layer that reads the data itself is solved in standardized inputs if their deviations differ by
             more than this; see `sylinit.solvers.standardize`.
         offset_ratio: the same if a mean is more than so many deviations from zero.

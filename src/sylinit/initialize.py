@@ -261,7 +261,7 @@ def _initialize(
                         plan, notes = choice.plan, choice.notes
                     run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)
-                before, doubts = processes.together(lambda: judge(plan.heads, seen, run.outputs, context.promises))
+                before, doubts = judge(plan.heads, seen, run.outputs, context.promises, processes)
             succeeded = True
         except BaseException as error:
             processes.announce(error)

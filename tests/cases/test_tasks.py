@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import socket
 import sys
 from collections import OrderedDict
@@ -162,6 +163,34 @@ def test_a_rare_class_is_told_on_new_samples(form: str, rare: float):
     guess = output.argmax(1) if form == "two logits" else (output[:, 0] > 0).long()
     assert (guess == y[800:]).double().mean() > max(1 - rare, 0.9)
     assert balanced_accuracy(guess, y[800:].long()) > 0.8
+
+
+@pytest.mark.parametrize("weight", [None, 1e-4])
+@pytest.mark.parametrize("form", ["one logit", "two logits", "four logits", "labels"])
+def test_features_that_tell_nothing_give_no_huge_bias(form: str, weight: float | None):
+    """Their logits are scaled up like any, and the frequencies with them: biases reached thousands."""
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(300, 16, generator=generator), torch.rand(300, 4, generator=generator) < 0.1
+    target = {"one logit": y[:, :1].float(), "labels": y.float()}.get(form, y[:, 0].long())
+    model = mlp(16, outputs := {"one logit": 1, "two logits": 2, "four logits": 4, "labels": 4}[form])
+    config = dataclasses.replace(sylinit.Config(), prior=1.0, head_encoding_weight=weight)
+    before = served(model, [(x, target)], call=sylinit.initialize_head_, config=config).report.before
+    assert before.accuracy == pytest.approx(before.constant.accuracy, abs=0.02)
+    assert before.loss < math.log(max(2, outputs if form.endswith("logits") else 0))
+    assert run(model, x).abs().max() < 2
+
+
+@pytest.mark.parametrize("form", ["one logit", "two logits", "labels"])
+def test_a_head_without_a_bias_is_not_promised_what_a_bias_would_give(form: str):
+    """A warning said that the output was not what the solution promised."""
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(5))
+    y = x[:, 0] > 1.1
+    target = {"one logit": y.float()[:, None], "labels": torch.stack([y, y, y], 1).float()}.get(form, y.long())
+    model = mlp(16, outputs := {"one logit": 1, "two logits": 2, "labels": 3}[form])
+    model[2] = nn.Linear(32, outputs, bias=False)
+    outcome = served(model, [(x, target)], call=sylinit.initialize_head_)
+    assert not outcome.warnings
+    assert outcome.report.before.accuracy < 0.85, "with a bias, more would be right"
 
 
 @pytest.mark.parametrize("outputs", [1, 2])

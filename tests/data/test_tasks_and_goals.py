@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sylinit.data.goals import EMBEDDED, Goal, make_goal
-from sylinit.data.score import constant_score, score
+from sylinit.data.score import constant_score, score, score_sums
 from sylinit.data.tasks import HeadShape, Task, facts_of, infer_task, merged
 from sylinit.errors import SylinitError
 from sylinit.runtime.processes import Processes
@@ -105,6 +105,17 @@ def test_next_tokens_are_the_labels_one_place_on(count, length, seed):
             assert found[row, place] == (ids[row, place + 1] if place + 1 < length else -1)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_no_next_token(left):
+    ids = torch.tensor([[5, 1, 2, 0, 0], [3, 4, 1, 2, 0]])
+    mask = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
+    ids, mask = (ids.flip(1), mask.flip(1)) if left else (ids, mask)
+    head = HeadShape("h", 6, (5,))
+    goal = make_goal(task_of(ids, head, "next-token", ids=ids), [ids], [mask], -100, ALONE)
+    after = [[-1, -1, 1, 5, -1], [-1, 1, 4, 3, -1]] if left else [[1, 2, -1, -1, -1], [4, 1, 2, -1, -1]]
+    assert goal.targets[0].tolist() == after
+
+
 def test_labels_beside_the_ids_are_no_next_tokens():
     ids = torch.arange(10).view(2, 5)
     assert task_of(ids % 3, HeadShape("h", 10, (5,)), ids=ids).name == "multiclass"
@@ -180,4 +191,7 @@ def test_scores_against_loops(count, classes, seed):
     loss = sum(float(y[i].exp().sum().log() - y[i, t[i]]) for i in range(count)) / count
     assert found.loss == pytest.approx(loss)
     most = max(t.tolist().count(c) for c in range(classes)) / count
-    assert constant_score(goal, t, classes).accuracy == pytest.approx(most)
+    constant = constant_score(goal, score_sums(goal, y, t))
+    assert constant.accuracy == pytest.approx(most)
+    share = [t.tolist().count(c) / count for c in range(classes)]
+    assert constant.loss == pytest.approx(-sum(p * math.log(p) for p in share if p))

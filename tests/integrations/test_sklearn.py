@@ -151,6 +151,30 @@ def test_left_out_samples_set_the_temperature():
     assert chosen < np.log(3)
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("signal", [0.0, 2.0])
+def test_probabilities_of_a_rare_class_know_how_rare_it_is(signal: float, outputs: int):
+    """The temperature was that of logits without what the bias says of the frequencies."""
+    random = np.random.default_rng(0)
+    y = (random.random(1200) < 0.1).astype(int)
+    x = random.normal(size=(1200, 10)) + signal * y[:, None] * np.eye(10)[0]
+
+    def make(shape, _):
+        return nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, outputs))
+
+    model = SylvesterClassifier(make, code="own").fit(x[:400], y[:400])
+    share = np.full(800, y[:400].mean())
+    constant = log_loss(y[400:], np.stack([1 - share, share], 1))
+    assert log_loss(y[400:], model.predict_proba(x[400:])) < (0.85 if signal else 1.03) * constant
+
+
+@pytest.mark.parametrize("dtype", ["floot", "int8", "nn"])
+def test_a_dtype_that_is_none_is_refused(dtype):
+    x, y = load_iris(return_X_y=True)
+    with pytest.raises(sylinit.SylinitError, match=f"dtype must be .* got '{dtype}'"):
+        SylvesterClassifier(dtype=dtype).fit(x, y)
+
+
 def test_regression_of_one_value_and_of_several():
     x, y = load_diabetes(return_X_y=True)
     ours = cross_val_score(SylvesterRegressor(), x, y, cv=3).mean()

@@ -82,6 +82,12 @@ def partly_labeled() -> tuple[Tensor, Tensor]:
     return x, torch.where(torch.arange(len(y)) < 28, y, -100)
 
 
+def rare() -> tuple[Tensor, Tensor]:
+    """A third class that only the last process has."""
+    x, y = vectors(90)
+    return x, torch.where(torch.arange(90) > 85, 2, y % 2)
+
+
 def whole_batches(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """In the last process, only the batch that is there; a trial run on a few samples passes."""
     x = batch[0]
@@ -100,6 +106,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], dict[str,
     "a given code": (mlp, vectors(), {"code": torch.arange(300.0).sin().view(60, 5), "config": Config(rows="all")}),
     "some without labels": (resnet, partly_labeled(), {"config": Config(rows="all")}),
     "auto": (mlp, vectors(90), {"code": "auto", "config": Config(rows="all")}),
+    "a rare class": (mlp, rare(), {"code": "auto", "config": Config(rows="all")}),
     "auto untried": (mlp, vectors(90), {"code": "auto", "forward": whole_batches, "config": Config(rows="all")}),
     "without labels": (resnet, images(), {"config": Config(rows="all"), "layers": ["0", "3.conv1"]}),
 }
@@ -116,7 +123,8 @@ def run_case(
         batches = [x for x, _ in batches]
     called = nn.parallel.DistributedDataParallel(model) if wrap else model
     report = sylinit.initialize_(called, batches, group=group, offload="disk" if apart else False, **arguments)
-    return model.state_dict(), [(layer.name, layer.action, layer.rows, layer.solver) for layer in report.layers]
+    layers = [(layer.name, layer.action, layer.rows, layer.solver) for layer in report.layers]
+    return model.state_dict(), layers, report.before
 
 
 def interrupting(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,20 +263,24 @@ def equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", [*CASES, "uneven", "apart", "wrapped", "afterwards"])
 def test_every_process_ends_with_the_same_bits(results, name):
-    state, layers = results[0][name]
+    state, *said = results[0][name]
     start = CASES.get(name, CASES["everything"])[0]().state_dict()
     assert not torch.equal(state["0.weight"], start["0.weight"])
-    for other, records in (done[name] for done in results[1:]):
+    for other, *said_there in (done[name] for done in results[1:]):
         assert equal_bits(state, other)
-        assert records == layers
+        assert said_there == said
 
 
 @pytest.mark.parametrize("name", [*CASES, "uneven", "apart", "wrapped", "afterwards"])
 def test_the_split_over_processes_does_not_matter(results, name):
     """To rounding, the result is that of one process with all of the data."""
-    alone, layers = run_case(name if name in CASES else "everything", 0, 1, None)
-    state, records = results[0][name]
+    alone, layers, before = run_case(name if name in CASES else "everything", 0, 1, None)
+    state, records, before_there = results[0][name]
     assert records == layers
+    assert before_there.accuracy == before.accuracy
+    assert before_there.balanced_accuracy == before.balanced_accuracy
+    assert before_there.loss == (before.loss and pytest.approx(before.loss))
+    assert before_there.constant_accuracy == before.constant_accuracy
     for key, value in alone.items():
         torch.testing.assert_close(state[key], value, rtol=1e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
 

@@ -76,9 +76,13 @@ def make_goal(
         ignore_index: the class index that means "no label here".
         processes: the group.
     """
-    targets = tuple(
-        _within(_canonical(target, task, ignore_index), mask) for target, mask in zip(raw, masks, strict=True)
-    )
+
+    def counted(target: Tensor, mask: Tensor | None) -> Tensor:
+        if task.name == "next-token":  # what lies in the padding is no token, and the last place has no next one
+            target = _within(target.long(), mask)
+        return _within(_canonical(target, task, ignore_index), mask)
+
+    targets = tuple(counted(target, mask) for target, mask in zip(raw, masks, strict=True))
     none = torch.zeros(0, dtype=torch.long, device=raw[0].device)
     if not task.classes:
         vectors = tuple(target.double() for target in targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ class Score:
 
     Attributes:
         accuracy: share of right classes, or, with several labels, of right labels.
-        balanced_accuracy: the mean over classes of the share that is right; over labels, of each one's two classes.
+        balanced_accuracy: the mean over classes of the share that is right; over labels of which any is
+            known, of each one's two classes.
         loss: mean cross-entropy in nats; of values, mean squared error.
         r2: ``1 - sum (t - y)^2 / sum (t - mean t)^2``, over all values together.
     """
@@ -40,8 +42,9 @@ class Before(Score):
 
     Attributes:
         constant: of the best constant prediction.
-        cross_validated: of the head, each sample predicted by the head of all others, in closed form; None where that
-            is not to be had. The layers before the head have seen the sample, so it is a little too kind.
+        cross_validated: of the head, each sample predicted by the head of all others, in closed form, with the
+            frequencies of the classes among all; None where that is not to be had. The layers before the head have
+            seen the sample, so it is a little too kind.
     """
 
     constant: Score = Score()
@@ -69,25 +72,22 @@ class Before(Score):
 
 
 def flat(
-    goal: Goal, outputs: Sequence[Tensor], *, channels_first: bool, probabilities: bool
+    goal: Goal, outputs: Sequence[Tensor], units: int, *, channels_first: bool, probabilities: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Outputs ``[n, k]`` and targets ``[n]`` or ``[n, c]`` of all places with a target; None where shapes do not fit.
 
     Args:
         goal: what was to be predicted.
         outputs: of the model, by batch.
-        channels_first: whether units lie behind the samples.
+        units: k.
+        channels_first: whether the head's units lie behind the samples.
         probabilities: whether a sigmoid or a softmax comes last; logits are returned all the same.
     """
     rows, wanted = [], []
     for output, target in zip(outputs, goal.targets, strict=True):
-        y = output.movedim(1, -1) if channels_first and output.ndim > 2 else output
         lead = target.shape if goal.task.classes else target.shape[:-1]
-        if y.ndim == len(lead):
-            y = y.unsqueeze(-1)
-        if goal.task.flat:
-            y = output.flatten(1)
-        if y.shape[:-1] != lead:
+        y = output.flatten(1) if goal.task.flat else _units_last(output, lead, units, channels_first)
+        if y is None or y.shape[-1] != units:
             return None
         t = target.flatten() if goal.task.classes else target.flatten(0, -2)
         known = t >= 0 if goal.task.classes else ~t.isnan().all(-1)
@@ -95,6 +95,16 @@ def flat(
         wanted.append(t[known])
     y = torch.cat(rows)
     return as_logits(y) if probabilities and goal.task.has_logits else y, torch.cat(wanted)
+
+
+def _units_last(output: Tensor, lead: Sequence[int], units: int, channels_first: bool) -> Tensor | None:
+    """An output as ``[*lead, k]``: as the head made it, or as losses want it; None where it has another form."""
+    last, second = (*lead, units), (lead[0], units, *lead[1:])
+    shape = tuple(output.shape)
+    if shape == second and (channels_first or shape != last):
+        return output.movedim(1, -1)
+    forms = [last, (math.prod(lead), units), *([tuple(lead)] if units == 1 else [])]
+    return output.reshape(last) if shape in forms else None
 
 
 def as_logits(y: Tensor) -> Tensor:
@@ -113,33 +123,97 @@ def score(goal: Goal, y: Tensor, t: Tensor) -> Score:
         y: ``[n, k]`` outputs.
         t: ``[n]`` class indices, or ``[n, c]`` values, NaN where missing.
     """
-    task = goal.task
-    if not len(t):
-        return Score()
-    if task.classes and y.shape[1] == 1:
-        guess = (y[:, 0] > 0).long()
-        loss = F.binary_cross_entropy_with_logits(y[:, 0], t.double())
-        return Score(_mean(guess == t), _balanced(guess, t), float(loss))
-    if task.classes:
-        guess = y.argmax(1)
-        return Score(_mean(guess == t), _balanced(guess, t), float(F.cross_entropy(y, t)))
+    return score_of(goal, score_sums(goal, y, t))
+
+
+def score_sums(goal: Goal, y: Tensor, t: Tensor) -> Tensor:
+    """The sums of which scores are made, float64, so that those of several processes may be added.
+
+    Of classes and labels: the loss, how many of each class are right ``[l, c]``, and how many there are ``[l, c]``;
+    l = 1, or c = 2 for l labels; of shares of classes then their sums ``[c]``. Of values: the squared error, then
+    ``[3, c]``: of the values less the goal's mean, of their squares, and how many are known.
+
+    Args:
+        goal: what was to be predicted.
+        y: ``[n, k]`` outputs.
+        t: as in `score`.
+    """
+    if goal.task.classes and y.shape[1] == 1:
+        loss = F.binary_cross_entropy_with_logits(y[:, 0], t.double(), reduction="sum")
+        return torch.cat([loss.view(1), *_right_of_each((y[:, 0] > 0).long(), t, 2)])
+    if goal.task.classes:
+        return torch.cat([F.cross_entropy(y, t, reduction="sum").view(1), *_right_of_each(y.argmax(1), t, y.shape[1])])
+    if _of_shares(goal):
+        loss, counts = F.cross_entropy(y, t, reduction="sum"), _right_of_each(y.argmax(1), t.argmax(1), y.shape[1])
+        return torch.cat([loss.view(1), *counts, t.sum(0)])
     known = ~t.isnan()
-    if task.name == "multilabel":
-        right = ((y > 0) == (t > 0.5))[known]
-        loss = F.binary_cross_entropy_with_logits(y[known], t[known])
-        each = [_balanced((y[k, i] > 0).long(), t[k, i].long()) for i, k in enumerate(known.T)]
-        return Score(_mean(right), sum(each) / len(each), float(loss))
-    if task.name == "multiclass":  # shares of classes
-        guess, best = y.argmax(1), t.argmax(1)
-        return Score(_mean(guess == best), _balanced(guess, best), float(F.cross_entropy(y, t)))
-    if task.name == "binary":
-        guess, label = (y[:, 0] > 0).long(), t[:, 0].long()
-        loss = F.binary_cross_entropy_with_logits(y[:, 0], t[:, 0])
-        return Score(_mean(guess == label), _balanced(guess, label), float(loss))
-    mean = torch.where(known, t, 0).sum(0) / known.sum(0).clamp(min=1)
-    error = (y - t)[known].square()
-    total = (t - mean)[known].square().sum()
-    return Score(loss=float(error.mean()), r2=float(1 - error.sum() / total) if float(total) > 0 else None)
+    if goal.task.name == "multilabel":
+        loss = F.binary_cross_entropy_with_logits(y[known], t[known], reduction="sum")
+        place = 2 * torch.arange(t.shape[1], device=t.device)
+        guess, label = ((each.long() + place)[known] for each in (y > 0, t > 0.5))
+        return torch.cat([loss.view(1), *_right_of_each(guess, label, 2 * t.shape[1])])
+    away = torch.where(known, t - goal.mean, 0)
+    error = (y - t)[known].square().sum()
+    return torch.cat([error.view(1), away.sum(0), away.square().sum(0), known.double().sum(0)])
+
+
+def score_of(goal: Goal, sums: Tensor) -> Score:
+    """The score that `score_sums` make, of all samples that they are of."""
+    first, *others = sums.tolist()
+    if goal.task.has_logits:
+        right, count, _ = _of_each(goal, others)
+        return _score_of_counts(first, right, count)
+    total, known = _distance(others)
+    return Score(loss=first / known, r2=1 - first / total if total > 0 else None) if known else Score()
+
+
+def constant_score(goal: Goal, sums: Tensor) -> Score:
+    """The score of the best constant prediction: the frequencies of the classes, or the mean of the values."""
+    _, *others = sums.tolist()
+    if not goal.task.has_logits:
+        total, known = _distance(others)
+        return Score(loss=total / known, r2=0.0 if total > 0 else None) if known else Score()
+    _, count, share = _of_each(goal, others)
+    right, loss = [], 0.0
+    for counts, shares in zip(count, share, strict=True):
+        best, whole = shares.index(max(shares)), sum(shares)
+        right.append([number * (place == best) for place, number in enumerate(counts)])
+        loss -= sum(part * math.log(part / whole) for part in shares if part > 0)
+    return _score_of_counts(loss, right, count)
+
+
+def _of_each(goal: Goal, sums: list[float]) -> tuple[list[list[float]], ...]:
+    """How many of each class are right, how many there are, and the sums of their shares, ``[l][c]`` each."""
+    parts = 3 if _of_shares(goal) else 2
+    size = len(sums) // parts
+    step = 2 if goal.task.name == "multilabel" else size
+    right, count, *share = [[sums[i : i + step] for i in range(p, p + size, step)] for p in range(0, len(sums), size)]
+    return right, count, *(share or [count])
+
+
+def _score_of_counts(loss: float, right: list[list[float]], count: list[list[float]]) -> Score:
+    """Of the sum of losses, and how many of each class are right, and are there, ``[l][c]``."""
+    each = [[r / n for r, n in zip(*pair, strict=True) if n] for pair in zip(right, count, strict=True)]
+    means = [sum(shares) / len(shares) for shares in each if shares]
+    rows = sum(map(sum, count))
+    return Score(sum(map(sum, right)) / rows, sum(means) / len(means), loss / rows) if rows else Score()
+
+
+def _distance(sums: list[float]) -> tuple[float, float]:
+    """The squared distance of values from their mean, and how many are known."""
+    width = len(sums) // 3
+    away, square, known = (sums[start : start + width] for start in (0, width, 2 * width))
+    return sum(s - a * a / max(n, 1) for a, s, n in zip(away, square, known, strict=True)), sum(known)
+
+
+def _of_shares(goal: Goal) -> bool:
+    """Whether the targets are shares of classes, rather than one class each, or labels."""
+    return not goal.task.classes and goal.task.name in ("multiclass", "binary")
+
+
+def _right_of_each(guess: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """How many samples of each class are right, and how many there are, ``[c]`` each."""
+    return label[guess == label].bincount(minlength=classes), label.bincount(minlength=classes)
 
 
 def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
@@ -157,11 +231,11 @@ def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
     if goal.task.classes:
         guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
         return (guess == t).double().masked_fill(unknown, torch.nan)
-    if goal.task.name == "multiclass":  # shares of classes
+    if _of_shares(goal):
         return (y.argmax(1) == t.argmax(1)).double().masked_fill(unknown, torch.nan)
     known = ~t.isnan()
     count = known.double().sum(1).clamp(min=1)
-    if goal.task.name in ("multilabel", "binary"):
+    if goal.task.name == "multilabel":
         return ((((y > 0) == (t > 0.5)) & known).double().sum(1) / count).masked_fill(unknown, torch.nan)
     return 1 - torch.where(known, y - t, 0).square().sum(1) / (count * spread)
 
@@ -175,33 +249,3 @@ def fitted_score(goal: Goal, y: Tensor, t: Tensor) -> Score:
         t: ``[n, c]``: one-hot vectors of classes, or values.
     """
     return score(goal, y, t.argmax(1) if goal.task.classes else t)
-
-
-def constant_score(goal: Goal, t: Tensor, outputs: int) -> Score:
-    """The score of the best constant prediction: the frequencies of the classes, or the mean."""
-    if not len(t):
-        return Score()
-    if goal.task.classes:
-        share = torch.bincount(t, minlength=max(2, outputs)).double() / len(t)
-        logits = share.clamp(min=1e-12).log()
-        y = (logits[1] - logits[0]).view(1, 1) if outputs == 1 else logits.unsqueeze(0)
-        return score(goal, y.expand(len(t), -1), t)
-    mean = t.nanmean(0)
-    if goal.task.name in ("multilabel", "binary"):
-        share = mean.clamp(1e-12, 1 - 1e-12)
-        mean = (share / (1 - share)).log()
-    elif goal.task.name == "multiclass":
-        mean = mean.clamp(min=1e-12).log()
-    return score(goal, mean.expand_as(t), t)
-
-
-def _mean(right: Tensor) -> float:
-    return float(right.double().mean()) if right.numel() else float("nan")
-
-
-def _balanced(guess: Tensor, label: Tensor) -> float:
-    """The mean over the classes that occur of the share of each that is right."""
-    classes, place, count = label.unique(return_inverse=True, return_counts=True)
-    right = torch.zeros(len(classes), dtype=torch.float64, device=label.device)
-    right.index_add_(0, place, (guess == label).double())
-    return float((right / count).mean()) if len(classes) else float("nan")

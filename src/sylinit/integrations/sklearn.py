@@ -171,7 +171,12 @@ class _Sylvester(BaseEstimator):
                 f"model must be a module, a function (shape, outputs) -> module, or None; it gave a {kind}"
             )
         if self.dtype is not None:
-            made = made.to(getattr(torch, self.dtype))
+            dtype = getattr(torch, str(self.dtype), None)
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise SylinitError(
+                    f"dtype must be the name of a floating-point dtype, as 'float32', got {self.dtype!r}"
+                )
+            made = made.to(dtype)
         return made
 
     def _tensor(self, x: Any) -> Tensor:
@@ -287,16 +292,19 @@ class SylvesterClassifier(ClassifierMixin, _Sylvester):
         classes = len(self.classes_)
         target = nn.functional.one_hot(index, classes).double()
         # The head's equation is ridge regression of the classes: its code has the variance v of the features, spread
-        # over c - 1 directions, and lambda divides the penalty.
-        penalty = (
-            features.var(0, correction=0).mean() * classes / (classes - 1) / max(heads[0].encoding_weight or 1, 1e-12)
-        )
+        # over c - 1 directions, or one logit's one, and lambda divides the penalty.
+        share = classes / (classes - 1) if logits.shape[1] > 1 else 1.0
+        penalty = features.var(0, correction=0).mean() * share / max(heads[0].encoding_weight or 1, 1e-12)
         if logits.shape[1] == 1:
             logits = torch.cat([-logits / 2, logits / 2], 1)
         fitted = _ridge(features, target, float(penalty))
-        logits, fitted = (y - y.mean(0) - (y - y.mean(0)).mean(1, keepdim=True) for y in (logits, fitted))
+        logits = logits - logits.mean(1, keepdim=True)
+        frequencies = logits.mean(0)  # what the bias says of them
+        logits, fitted = logits - frequencies, fitted - target.mean(0)
         scale = (fitted * logits).sum() / fitted.square().sum().clamp(min=1e-300)
-        return _least_entropy_factor(scale * (leave_one_out(features, target, penalty) - target.mean(0)), index)
+        away = target - target.mean(0)
+        left_out = leave_one_out(features, away, penalty) + away / (len(away) - 1)  # with the frequencies of all
+        return _least_entropy_factor(scale * left_out + frequencies, index)
 
 
 class SylvesterRegressor(RegressorMixin, _Sylvester):

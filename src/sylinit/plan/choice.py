@@ -321,9 +321,15 @@ def _spread(goal: Goal, processes: Processes) -> float:
 def _folds(goal: Goal, processes: Processes) -> Tensor:
     """A fold for each sample of all processes, with the classes spread evenly over the folds."""
 
+    def of(target: Tensor) -> Tensor:
+        if goal.task.classes:
+            return target if target.ndim == 1 else torch.zeros(len(target), dtype=torch.long)
+        if goal.task.name in ("multiclass", "binary") and target.ndim == 2:  # shares of classes
+            return target.nan_to_num(0).argmax(1).masked_fill(target.isnan().all(1), -1)
+        return target.new_zeros(len(target), dtype=torch.long)
+
     def strata() -> list[int]:
-        by_class = goal.task.classes and goal.targets[0].ndim == 1
-        return [int(label) for target in goal.targets for label in (target.tolist() if by_class else [0] * len(target))]
+        return [label for target in goal.targets for label in of(target).tolist()]
 
     stratum = torch.tensor([label for each in processes.agree(strata) for label in each])
     order = torch.randperm(len(stratum), generator=torch.Generator().manual_seed(0))

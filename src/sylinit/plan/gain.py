@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from torch import Tensor
 
 from sylinit.data.goals import Goal
-from sylinit.data.score import Before, Score, constant_score, flat, score
+from sylinit.data.score import Before, Score, constant_score, flat, score_of, score_sums
 from sylinit.errors import warn
 from sylinit.layers.convolution import ConvView
 from sylinit.layers.view import LayerView
 from sylinit.plan.heads import Heads, module_name
 from sylinit.plan.sites import Promise
 from sylinit.plan.trace import Output, Trace
+from sylinit.runtime.processes import Processes
 
 BROKEN_PROMISE = 0.05
 """A difference in accuracy or R² between output and promise that rounding does not explain."""
@@ -25,20 +27,27 @@ LONG_WEIGHTS = 10.0
 
 
 def judge(
-    heads: Heads, trace: Trace, outputs: Mapping[int, Sequence[Tensor]], promises: Mapping[str, Promise]
+    heads: Heads,
+    trace: Trace,
+    outputs: Mapping[int, Sequence[Tensor]],
+    promises: Mapping[str, Promise],
+    processes: Processes,
 ) -> tuple[Before, list[str]]:
-    """The score of the first head's output, and what the user should know of all heads.
+    """The score of the first head's output on the samples of all processes, and what is to be known of all heads.
 
     Args:
         heads: the heads and their goals.
         trace: which layers made which output.
         outputs: the tensors of the model's output, by batch.
         promises: what each head's solution said of its predictions.
+        processes: the group.
     """
     before, notes = Before(), []
     for number, (view, goal) in enumerate(heads.goals.items()):
         promise = promises.get(view.name, Promise())
-        found = _score_of(view, goal, trace, outputs)
+        found = _score_of(view, goal, trace, outputs, processes)
+        if found is None and trace.outputs and view.name in promises:
+            notes.append(f"head {view.name!r}: no output has the form of its targets, so how it predicts is not stated")
         if found is not None and not _is_number(goal, found[0]):
             notes.append(_not_finite(view))
             before = Before(loss=found[0].loss, constant=found[1]) if number == 0 else before
@@ -56,19 +65,25 @@ def judge(
 
 
 def _score_of(
-    view: LayerView, goal: Goal, trace: Trace, outputs: Mapping[int, Sequence[Tensor]]
+    view: LayerView, goal: Goal, trace: Trace, outputs: Mapping[int, Sequence[Tensor]], processes: Processes
 ) -> tuple[Score, Score] | None:
     """The score of the output that a head made, and of a constant prediction; None where no output has its form."""
     made = [i for i, out in enumerate(trace.outputs) if module_name(view) in out.made_by]
-    for place in [*made, *range(len(trace.outputs))]:
+
+    def at(place: int) -> tuple[Tensor, Tensor] | None:
         tensors = [parts[place] for _, parts in sorted(outputs.items()) if place < len(parts)]
         if len(tensors) != len(goal.targets) or not all(t.is_floating_point() and t.ndim for t in tensors):
+            return None
+        return predictions(view, goal, trace.outputs[place], tensors)
+
+    for place in dict.fromkeys([*made, *range(len(trace.outputs))]):
+        found = processes.together(partial(at, place))
+        rows = -1 if found is None else len(found[1])
+        counts = processes.agree(partial(int, rows))
+        if found is None or min(counts) < 0 or max(counts) == 0:
             continue
-        found = predictions(view, goal, trace.outputs[place], tensors)
-        if found is None or not len(found[1]):
-            continue
-        y, t = found
-        return score(goal, y, t), constant_score(goal, t, view.units)
+        sums = processes.sum_(processes.together(partial(score_sums, goal, *found)))
+        return score_of(goal, sums), constant_score(goal, sums)
     return None
 
 
@@ -81,13 +96,13 @@ def predictions(view: LayerView, goal: Goal, output: Output, tensors: Sequence[T
         output: of the model, as the trial run showed it.
         tensors: the same, by batch.
     """
-    found = flat(
+    return flat(
         goal,
         tensors,
+        view.units,
         channels_first=isinstance(view, ConvView),
         probabilities=module_name(view) in output.probabilities,
     )
-    return None if found is None or found[0].shape[1] != view.units else found
 
 
 def _is_number(goal: Goal, found: Score) -> bool:

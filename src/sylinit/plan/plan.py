@@ -123,7 +123,11 @@ def make_plan(
             continue
         owner = next((owners[_memory(p)] for p in view.parameters if _memory(p) in owners), None)
         if owner is not None and not _slices_of_one(view, owner):
-            left.append(LayerReport(view.name, view.kind, "left alone", f"its weight is tied to that of {owner!r}"))
+            reason = f"its weight is tied to that of {owner!r}"
+            left.append(LayerReport(view.name, view.kind, "left alone", reason))
+            if view in heads.goals and any(site.name == owner and not site.is_head for site in sites):
+                notes.append(f"head {view.name!r} predicts nothing yet: {reason}, which is computed as a hidden layer")
+                warn(f"{notes[-1]}; untie them, so that the head is computed")
             continue
         owners.update({_memory(parameter): view.name for parameter in view.parameters})
         entry = module_name(view) in trace.entries

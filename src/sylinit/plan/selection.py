@@ -53,5 +53,6 @@ def require_match(pattern: str, names: Sequence[str], argument: str) -> None:
     """Raise a `SylinitError` naming the nearest layers where a pattern matches none."""
     if any(matches(pattern, name) for name in names):
         return
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:5])
+    known = list(dict.fromkeys(names))
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:5]
     raise SylinitError(f"{argument}: no layer matches {pattern!r}; the nearest names are {', '.join(map(repr, near))}")

@@ -172,7 +172,10 @@ class MatrixSite:
         known, outputs = self._known(context)
         rows = self._collect(waiting, known, seed, context)
         if rows is None:
-            return self.left_alone("it has met fewer than two rows of input, from which no layer can be computed")
+            reason = "it has met fewer than two rows of input, from which no layer can be computed"
+            if self.is_head:
+                warn(f"head {self.name!r} keeps its weights: {reason.replace('input', 'input with a target')}")
+            return self.left_alone(reason)
         if self.is_head and not rows.width:
             reason = "its rows cannot be matched to samples and positions, so its targets cannot be told"
             warn(f"head {self.name!r}: {reason}; let forward= give it rows in the order of the samples")
@@ -259,9 +262,10 @@ class MatrixSite:
         wanted = t - t.mean(0) if self.role == "logits" else t
         left_out = leave_one_out(x, wanted, penalty, intercept=self.intercept, slope=self.role == "values")
         if self.role == "logits":
-            if self.intercept:  # it says a part of how frequent its classes are, and that of the other rows
-                told, share = context.config.prior, t.mean(0) - (0.0 if self._exclusive else 0.5)
-                left_out = left_out + told * share + (1 - told) * wanted / (len(wanted) - 1)
+            if self.intercept:  # it says a part of how frequent its classes are: of all rows, or noise is below chance
+                assert fit.prior is not None
+                told, share = fit.prior[0], t.mean(0) - (0.0 if self._exclusive else 0.5)
+                left_out = left_out + told * share + wanted / (len(wanted) - 1)
             left_out = left_out[:, 1:] - left_out[:, :1] if y.shape[1] < t.shape[1] else left_out
             left_out = torch.where(fit.dead, fit.bias, left_out)
         return Promise(value, fitted_score(self.goal, left_out, t))
@@ -273,6 +277,8 @@ class MatrixSite:
         assert fit.dead is not None
         if not self.goal.task.has_logits:
             return fit
+        if not self.intercept:  # nothing is added to its outputs
+            return replace(fit, bias=torch.zeros_like(fit.bias))
         logits = constant_logits(self.goal, self.view.units, outputs).to(fit.bias)
         return replace(fit, bias=torch.where(fit.dead, context.config.logit_deviation * logits, fit.bias))
 

@@ -30,6 +30,7 @@ class Fit:
         output_variance: of a solver: of each unit, ``diag(W Cov W^T)``, ``[g, k]``; None once the weight is rescaled.
         bias: ``[g, k]``; None until the weight is rescaled.
         dead: ``[g, k]``, units that are zero; None until the weight is rescaled.
+        prior: of a head with logits: what part of the frequencies its bias carries, ``[g, 1]`` or ``[g, k]``.
         rank: numerical rank of the weight, summed over groups, a float64 scalar; None until the weight is rescaled.
     """
 
@@ -46,4 +47,5 @@ class Fit:
     output_variance: Tensor | None = field(default=None, repr=False)
     bias: Tensor | None = None
     dead: Tensor | None = None
+    prior: Tensor | None = None
     rank: Tensor | None = None

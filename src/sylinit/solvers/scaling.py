@@ -20,7 +20,7 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classe
       ``s^2 = max(w^T Cov w, variance_floor |w|^2 tr(Cov) / d)``; mean output zero.
     * "directions": Euclidean length `Config.filter_length`; mean output zero.
     * "logits": one scale for all, so that their centered root mean square is `Config.logit_deviation`; their mean is
-      `Config.prior` times `frequencies` on that scale.
+      `Config.prior` times `frequencies` on that scale, or less (`carried`).
     * "values": each output's least-squares slope on its target, ``cov(t, y) / var(y)``; its mean is the target's.
 
     Args:
@@ -38,10 +38,13 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classe
     assert spread is not None
     tiny = torch.finfo(weight.dtype).tiny
     offset: Tensor | float = 0.0
+    prior = None
     if role == "logits":
         dead = spread <= 0
         factor = config.logit_deviation / spread.mean().clamp(min=tiny).sqrt().expand_as(spread)
-        offset = config.prior * factor * frequencies(fit, classes)
+        whole = factor * frequencies(fit, classes)
+        prior = carried(whole, cov.mean_t, classes, config)
+        offset = prior * whole
     elif role == "values":
         dead = spread <= 0
         factor = (weight * cov.xt.mT).sum(2) / spread.clamp(min=tiny)
@@ -59,7 +62,15 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classe
     weight = cov.from_coordinates(weight)
     bias = offset - torch.bmm(weight, cov.mean_x.unsqueeze(2)).squeeze(2)
     return replace(
-        fit, weight=weight, bias=bias, dead=dead, rank=rank, statistics=None, scale=None, output_variance=None
+        fit,
+        weight=weight,
+        bias=bias,
+        dead=dead,
+        rank=rank,
+        prior=prior,
+        statistics=None,
+        scale=None,
+        output_variance=None,
     )
 
 
@@ -76,6 +87,31 @@ def frequencies(fit: Fit, classes: bool) -> Tensor:
     if fit.weight.shape[1] < share.shape[-1]:  # one logit: the second class against the first
         share = share[..., 1:] - share[..., :1]
     return fit.scale.squeeze(2) * share * ((1 + fit.encoding_weight) / max(fit.encoding_weight, 1e-12))
+
+
+def carried(whole: Tensor, share: Tensor, classes: bool, config: Config) -> Tensor:
+    """What part of the frequencies a head's bias carries: `Config.prior`, or less where features tell next to nothing.
+
+    The scale that brings the logits of such features to `Config.logit_deviation` would blow the frequencies up beyond
+    any that training could take back. The bias of the most frequent class is therefore at most the logarithm of how
+    many times it is as frequent as at chance, ``log(c max(p))``; that of a label, or of one logit, ``log(2 max(p))``.
+    The loss of the biases alone is then no larger than that of a uniform guess.
+
+    Args:
+        whole: `frequencies` on the scale of the logits, ``[g, k]``.
+        share: of each class or label, ``[g, c]`` or ``[c]``.
+        classes: whether they exclude each other.
+        config: the constants of the method.
+
+    Returns:
+        ``[g, 1]`` of classes, ``[g, k]`` of labels.
+    """
+    if classes:
+        ratio = share.shape[-1] * share.amax(-1, keepdim=True)
+        size = whole.abs() if whole.shape[1] == 1 else whole.amax(1, keepdim=True)
+    else:
+        ratio, size = 2 * torch.maximum(share, 1 - share), whole.abs()
+    return (ratio.log().clamp(min=0) / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=config.prior)
 
 
 def numerical_rank(weight: Tensor) -> Tensor:
