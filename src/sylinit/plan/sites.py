@@ -184,7 +184,7 @@ class MatrixSite:
         units = self.view.units if outputs is None else len(outputs)
         scaled = standardized(rows, context.config) if self.entry and self.intercept else None
         source = scaled or rows
-        problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept)
+        problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept, self._exclusive)
         config = replace(context.config, encoding_weight=self.encoding * context.config.encoding_weight)
         fit = solve(source, problem, config)
         fit = context.processes.together(
@@ -193,7 +193,7 @@ class MatrixSite:
         promise = None
         if self.is_head:
             fit = self._with_constant_outputs(fit, outputs, context)
-            promise = self._promise(source, fit, context)
+            promise = self._promise(source, problem, fit, context)
         if scaled is not None:
             fit = scaled.in_original_units(fit)
             note = "; ".join(filter(None, (note, "its inputs differ much in scale and were standardized for it")))
@@ -242,7 +242,7 @@ class MatrixSite:
             self.device,
         )
 
-    def _promise(self, source: Rows, fit: Fit, context: Context) -> Promise:
+    def _promise(self, source: Rows, problem: Problem, fit: Fit, context: Context) -> Promise:
         """What the fitted outputs say of the rows that were read."""
         assert self.goal is not None
         assert fit.bias is not None
@@ -259,7 +259,7 @@ class MatrixSite:
         if source.count != context.data.samples or self.goal.task.positions:
             return Promise(value)
         penalty = _ridge(x, t, self.goal, y.shape[1], fit.encoding_weight, intercept=self.intercept)
-        wanted = t - t.mean(0) if self.role == "logits" else t
+        wanted = t - t.mean(0) + problem.kept_mean(t.mean(0), context.config) if self.role == "logits" else t
         left_out = leave_one_out(x, wanted, penalty, intercept=self.intercept, slope=self.role == "values")
         if self.role == "logits":
             if self.intercept:  # it says a part of how frequent its classes are: of all rows, or noise is below chance

@@ -27,7 +27,7 @@ class Exact:
         """From the second moments of all rows."""
         cov = source.covariance(torch.float64)
         if not problem.intercept:
-            cov = cov.through_origin(targets=problem.role == "values")
+            cov = cov.through_origin(problem.kept_mean(cov.mean_t, config))
         return source.together(lambda: fit_exact(cov, problem, config))
 
 

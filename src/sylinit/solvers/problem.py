@@ -32,6 +32,7 @@ class Problem:
         seed: of everything random.
         role: what its outputs are.
         intercept: whether a bias can center them; a head without one is fitted through the origin.
+        exclusive: of logits, whether they are of classes that exclude each other rather than of labels.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Problem:
     seed: int
     role: Role = "units"
     intercept: bool = True
+    exclusive: bool = True
 
     @property
     def is_head(self) -> bool:
@@ -49,6 +51,17 @@ class Problem:
     def encoding_weight(self, config: Config) -> float | None:
         """Lambda; None for the one of least cross-validation error, which exact solvers find."""
         return config.head_encoding_weight if self.is_head else config.encoding_weight
+
+    def kept_mean(self, mean: Tensor, config: Config) -> Tensor:
+        """What the targets keep of their mean ``[..., c]``, for the weights to carry where there is no bias.
+
+        All of it for values. For logits `Config.prior` times what the frequencies are above those of a uniform guess.
+        """
+        if self.intercept or not self.is_head:
+            return torch.zeros_like(mean)
+        if self.role == "values":
+            return mean
+        return config.prior * (mean - (1 / mean.shape[-1] if self.exclusive else 0.5))
 
     def generator(self) -> torch.Generator:
         """A fresh generator: the same draws whichever process or solver solves the layer."""

@@ -35,7 +35,7 @@ class Projected:
         """From second moments in float32."""
         cov = source.covariance(torch.float32)
         if not problem.intercept:
-            cov = cov.through_origin(targets=problem.role == "values")
+            cov = cov.through_origin(problem.kept_mean(cov.mean_t, config))
         return source.together(lambda: fit_projected(cov, problem, config))
 
 

@@ -50,8 +50,7 @@ def fit_in_row_space(rows: Tensor, targets: Tensor, problem: Problem, config: Co
     variances = coordinates.square().sum(1) / count
     targets = targets.double()
     mean_t = targets.mean(-2, keepdim=True)
-    if problem.role == "values" and not problem.intercept:
-        mean_t = torch.zeros_like(mean_t)
+    mean_t = mean_t - problem.kept_mean(mean_t, config)
     t = targets - mean_t
     cov = Covariance(
         dim=rows.shape[2],

@@ -176,18 +176,21 @@ class Covariance:
     tt: Tensor
     basis: Tensor | None = None
 
-    def through_origin(self, *, targets: bool) -> Covariance:
-        """The same moments about zero instead of about the mean of the rows, and if asked for that of the targets."""
-        mean_x, mean_t = self.mean_x, self.mean_t
+    def through_origin(self, kept: Tensor) -> Covariance:
+        """The same moments about zero instead of about the mean of the rows, and of targets that keep some of theirs.
+
+        Args:
+            kept: ``[c]``, of the mean of the targets; all of it for moments about zero.
+        """
+        mean_x = self.mean_x
         xx = self.xx + (mean_x.unsqueeze(2) * mean_x.unsqueeze(1)).to(self.xx)
-        moved = replace(self, xx=xx, mean_x=torch.zeros_like(mean_x))
-        if not targets:
-            return moved
         return replace(
-            moved,
-            mean_t=torch.zeros_like(mean_t),
-            xt=self.xt + mean_x.unsqueeze(2) * mean_t,
-            tt=self.tt + torch.outer(mean_t, mean_t),
+            self,
+            mean_x=torch.zeros_like(mean_x),
+            mean_t=self.mean_t - kept,
+            xx=xx,
+            xt=self.xt + mean_x.unsqueeze(2) * kept.unsqueeze(-2),
+            tt=self.tt + kept.unsqueeze(-1) * kept.unsqueeze(-2),
         )
 
     def from_coordinates(self, weight: Tensor) -> Tensor:
