@@ -26,7 +26,7 @@ from sylinit.errors import ROOT, SylinitError
 from sylinit.layers.inputs import readable_inputs
 from sylinit.layers.registry import is_stock
 from sylinit.layers.view import LayerView
-from sylinit.plan.choice import choose
+from sylinit.plan.choice import Choice, choose
 from sylinit.plan.gain import judge
 from sylinit.plan.heads import module_name
 from sylinit.plan.inventory import Inventory, take_inventory
@@ -256,12 +256,13 @@ def _initialize(
                     context = Context(
                         data, _constants(config, wish, plan), processes, transaction, seen.layouts, positions
                     )
+                    choice = Choice(plan)
                     if wish.code == "auto" and wish.layers is None and not wish.overwrite:
                         choice = choose(plan, plan_of, model, seen, context, reader, call, offload)
                         plan, notes = choice.plan, choice.notes
                     run = Pass(plan, context, model, seen, offload, progress)
                     run.through(call)
-                before, doubts = judge(plan.heads, seen, run.outputs, context.promises, processes)
+                before, doubts = judge(plan.heads, seen, run.outputs, context.promises, processes, choice.held_out)
             succeeded = True
         except BaseException as error:
             processes.announce(error)

@@ -42,9 +42,10 @@ class Before(Score):
 
     Attributes:
         constant: of the best constant prediction.
-        cross_validated: of the head, each sample predicted by the head of all others, in closed form, with the
-            frequencies of the classes among all; None where that is not to be had. The layers before the head have
-            seen the sample, so it is a little too kind.
+        cross_validated: each sample predicted by a head that has not seen it; None where that is not to be had. Where
+            ``code="auto"`` has computed the body, it is the score that it was chosen by, and no layer has seen the
+            sample. Else each sample is predicted by the head of all others, in closed form, with the frequencies of the
+            classes among all: honest for a body that was kept, too kind for layers that have been told its label.
     """
 
     constant: Score = Score()

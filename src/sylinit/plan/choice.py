@@ -58,10 +58,12 @@ class Choice:
     Attributes:
         plan: of the recipe that was taken.
         notes: for the report; none where all recipes do the same.
+        held_out: of a computed body, what held-out samples are worth: accuracy, or R²; None where there are none.
     """
 
     plan: Plan
     notes: tuple[str, ...] = ()
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,8 @@ def _best(values: Mapping[str, Sequence[float]], plans: Mapping[str, Plan], fail
             details.insert(0, f"{difference:+.3f} ± {error:.3f}")
         scores.append(f"{said} ({', '.join(details)})" if details else said)
     note = f"code='auto' took {taken!r} ({RECIPES[taken].meaning}); scores of {most} held-out samples"
-    return Choice(plans[taken], (f"{note} (over own, with the standard error): {', '.join(scores)}",))
+    notes = (f"{note} (over own, with the standard error): {', '.join(scores)}",)
+    return Choice(plans[taken], notes, None if taken == OWN.name else _mean(known[taken]))
 
 
 def _mean(values: Tensor) -> float:

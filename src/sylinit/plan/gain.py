@@ -32,6 +32,7 @@ def judge(
     outputs: Mapping[int, Sequence[Tensor]],
     promises: Mapping[str, Promise],
     processes: Processes,
+    held_out: float | None,
 ) -> tuple[Before, list[str]]:
     """The score of the first head's output on the samples of all processes, and what is to be known of all heads.
 
@@ -41,6 +42,7 @@ def judge(
         outputs: the tensors of the model's output, by batch.
         promises: what each head's solution said of its predictions.
         processes: the group.
+        held_out: accuracy, or R², of the first head on samples that no layer had seen, where that is known.
     """
     before, notes = Before(), []
     for number, (view, goal) in enumerate(heads.goals.items()):
@@ -54,7 +56,10 @@ def judge(
             continue
         if number == 0 and found is not None:
             actual, constant = found
-            before = Before(**asdict(actual), constant=constant, cross_validated=promise.cross_validated)
+            left_out = promise.cross_validated
+            if held_out is not None:
+                left_out = Score(accuracy=held_out) if goal.task.has_logits else Score(r2=held_out)
+            before = Before(**asdict(actual), constant=constant, cross_validated=left_out)
         if found is not None and promise.value is not None and found[0].value is not None:
             difference = promise.value - found[0].value
             if difference > BROKEN_PROMISE:
