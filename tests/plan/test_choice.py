@@ -354,12 +354,13 @@ def test_an_output_of_nan_is_no_prediction():
 
 @pytest.mark.parametrize("name", ["own", "half"])
 def test_of_a_computed_body_the_report_states_what_no_layer_has_seen(name: str, monkeypatch: pytest.MonkeyPatch):
-    x, y = vectors(120)
+    (x, y), model = vectors(120), small_mlp()
+    same = copy.deepcopy(model)
     best, worse = choice._best, {other: [0.0] * 120 for other in ("own", "mixed", "half") if other != name}
     monkeypatch.setattr(choice, "_still_racing", list)
     monkeypatch.setattr(choice, "_best", lambda values, *others: best(values | worse, *others))
-    report = sylinit.initialize_(small_mlp(), [(x, y)])
-    alone = sylinit.initialize_(small_mlp(), [(x, y)], code=name).before
+    report = sylinit.initialize_(model, [(x, y)])
+    alone = sylinit.initialize_(same, [(x, y)], code=name).before
     held_out = float(re.search(rf"{name} (0\.\d+)", report.notes[0].partition("error): ")[2])[1])
     stated = report.before.cross_validated.accuracy
     assert stated == pytest.approx(held_out if name == "half" else alone.cross_validated.accuracy, abs=5e-4)
