@@ -1,5 +1,6 @@
 """A skorch net that starts from the data passed to fit: `pip install 'sylinit[skorch]'`."""
 
+import torch
 from sklearn.datasets import load_wine
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetClassifier
@@ -7,6 +8,7 @@ from torch import nn
 
 from sylinit.integrations.skorch import SylvesterInitialization
 
+torch.manual_seed(0)
 x, y = load_wine(return_X_y=True)
 x = StandardScaler().fit_transform(x).astype("float32")
 net = NeuralNetClassifier(
