@@ -100,6 +100,23 @@ def instead() -> str:
     return markdown(["task", "sylinit, no step", "trained", "best random start", *INSTEAD.values()], body)
 
 
+def text() -> str:
+    """All of a text encoder fine-tuned: accuracy on test questions after shares of the steps, by seed and in the mean."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for record in read([RESULTS / "suite_finetune.jsonl"]):
+        if record["test"]:
+            marks = [point[2] for point in record["result"]["curve"] if point[2] is not None]
+            found.setdefault((record["task"], record["method"]), []).append(marks)
+    words = {"own": "random", "default": "computed", "own-head": "computed"}
+    body = []
+    for (task, method), curves in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "own")):
+        ends = ", ".join(percent(curve[-1]) for curve in curves)
+        means = [percent(fmean(values)) for values in zip(*curves, strict=True)]
+        body.append([words[method], *means, ends])
+    heads = ["head", "before", "10 %", "30 %", "100 % of the steps", "by seed"]
+    return markdown(heads, body, words=1)
+
+
 def against() -> str:
     """The default after training over each baseline: mean over tasks, its standard error, and how often."""
     body = []
@@ -187,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "suite-tasks": by_task,
     "suite-methods": all_methods,
     "suite-against": against,
+    "fine-tuning-text": text,
     "suite-instead": instead,
     "headline": headline,
 }
