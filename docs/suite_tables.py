@@ -28,6 +28,7 @@ WORDS = {
     "lsuv": "LSUV",
     "pca-head": "PCA whitening, computed head",
     "own-head": "own body, computed head",
+    "lp-ft": "linear probe, then all",
     "default": "sylinit",
 }
 """Methods of the suite in a reader's words."""
@@ -75,7 +76,7 @@ def all_methods() -> str:
         cells = []
         for method in WORDS:
             before, after = (results().values(one.task, method, "adamw", what) for what in ("before", "after"))
-            cells.append(f"{percent(fmean(before))} → {percent(fmean(after))}")
+            cells.append(f"{percent(fmean(before))} → {percent(fmean(after))}" if after else "")
         body.append([f"`{one.task}`", *cells])
     return markdown(["task", *WORDS.values()], body)
 
@@ -101,33 +102,39 @@ def instead() -> str:
 
 
 def text() -> str:
-    """All of a text encoder fine-tuned: accuracy on test questions after shares of the steps, by seed and in the mean."""
-    found: dict[tuple[str, str], list[list[float]]] = {}
+    """All of a text encoder fine-tuned: accuracy on test questions after shares of the steps."""
+    found: dict[str, list[list[float]]] = {}
     for record in read([RESULTS / "suite_finetune.jsonl"]):
         if record["test"]:
             marks = [point[2] for point in record["result"]["curve"] if point[2] is not None]
-            found.setdefault((record["task"], record["method"]), []).append(marks)
-    words = {"own": "random", "default": "computed", "own-head": "computed"}
+            found.setdefault(record["method"], []).append(marks)
     body = []
-    for (task, method), curves in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "own")):
-        ends = ", ".join(percent(curve[-1]) for curve in curves)
-        means = [percent(fmean(values)) for values in zip(*curves, strict=True)]
-        body.append([words[method], *means, ends])
-    heads = ["head", "before", "10 %", "30 %", "100 % of the steps", "by seed"]
-    return markdown(heads, body, words=1)
+    for method, head in (("own", "random"), ("default", "computed")):
+        means = [percent(fmean(values)) for values in zip(*found[method], strict=True)]
+        body.append([head, *means, ", ".join(percent(curve[-1]) for curve in found[method])])
+    return markdown(["head", "before", "10 %", "30 %", "100 % of the steps", "by seed"], body)
 
 
 def against() -> str:
     """The default after training over each baseline: mean over tasks, its standard error, and how often."""
     body = []
     for method in [name for name in WORDS if name != "default"]:
-        leads = [100 * lead(one, method) for one in compared()]
+        leads = [100 * lead(one, method) for one in compared() if results().has(one.task, method, "adamw")]
+        if not leads:
+            continue
         above, below = sum(each > 0.5 for each in leads), sum(each < -0.5 for each in leads)
         error = stdev(leads) / len(leads) ** 0.5
         body.append(
-            [WORDS[method], f"{fmean(leads):+.1f} ± {error:.1f}", f"{median(leads):+.1f}", str(above), str(below)]
+            [
+                WORDS[method],
+                f"{fmean(leads):+.1f} ± {error:.1f}",
+                f"{median(leads):+.1f}",
+                str(above),
+                str(below),
+                str(len(leads)),
+            ]
         )
-    return markdown(["sylinit's lead over", "mean", "median", "tasks above", "tasks below"], body)
+    return markdown(["sylinit's lead over", "mean", "median", "above", "below", "of tasks"], body)
 
 
 def lead(one: Comparison, method: str) -> float:

@@ -109,7 +109,7 @@ class Results:
 
     def has(self, task: str, method: str, optimizer: str) -> bool:
         """Whether there is a reported run."""
-        return (task, method, optimizer) in self.reported
+        return bool(self.reported.get((task, method, optimizer)))
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
