@@ -51,9 +51,9 @@ def chosen(task: Task, seed: int, what: str, directory: Path | None) -> dict[str
     layers = None if all(parameter.requires_grad for parameter in model.parameters()) else is_trained
     scores: dict[str, list[float]] = {}
 
-    def best(values: Any, plans: Any) -> choice.Choice:
+    def best(values: Any, *others: Any) -> choice.Choice:
         scores.update(values)
-        return usual[0](values, plans)
+        return usual[0](values, *others)
 
     usual = choice._best, choice.TRIED, choice._still_racing
     choice._best = best
