@@ -365,3 +365,17 @@ def test_of_a_computed_body_the_report_states_what_no_layer_has_seen(name: str, 
     stated = report.before.cross_validated.accuracy
     assert stated == pytest.approx(held_out if name == "half" else alone.cross_validated.accuracy, abs=5e-4)
     assert alone.cross_validated.accuracy != pytest.approx(held_out, abs=5e-4)
+
+
+def test_what_is_held_out_for_one_head_is_not_said_of_another_that_stays(monkeypatch: pytest.MonkeyPatch):
+    x, y = vectors(120)
+    model = TwoHeads()
+    model.first.requires_grad_(False)
+    best, worse = choice._best, dict.fromkeys(("own", "mixed"), [0.0] * 120)
+    monkeypatch.setattr(choice, "_still_racing", list)
+    monkeypatch.setattr(choice, "_best", lambda values, *others: best(values | worse, *others))
+    report = sylinit.initialize_(model, [(x, y)], head=["first", "second"])
+    assert taken(report) == "half"
+    assert (report["first"].action, report["second"].action) == ("left alone", "initialized")
+    assert report.before.accuracy is not None
+    assert report.before.cross_validated is None

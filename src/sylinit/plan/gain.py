@@ -42,7 +42,7 @@ def judge(
         outputs: the tensors of the model's output, by batch.
         promises: what each head's solution said of its predictions.
         processes: the group.
-        held_out: accuracy, or R², of the first head on samples that no layer had seen, where that is known.
+        held_out: accuracy, or R², of the first computed head on samples that no layer had seen, where that is known.
     """
     before, notes = Before(), []
     for number, (view, goal) in enumerate(heads.goals.items()):
@@ -57,7 +57,7 @@ def judge(
         if number == 0 and found is not None:
             actual, constant = found
             left_out = promise.cross_validated
-            if held_out is not None:
+            if held_out is not None and view.name in promises:  # it is of the first head that was computed
                 left_out = Score(accuracy=held_out) if goal.task.has_logits else Score(r2=held_out)
             before = Before(**asdict(actual), constant=constant, cross_validated=left_out)
         if found is not None and promise.value is not None and found[0].value is not None:
