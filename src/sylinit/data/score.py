@@ -144,7 +144,7 @@ def score_sums(goal: Goal, y: Tensor, t: Tensor) -> Tensor:
         return torch.cat([loss.view(1), *_right_of_each((y[:, 0] > 0).long(), t, 2)])
     if goal.task.classes:
         return torch.cat([F.cross_entropy(y, t, reduction="sum").view(1), *_right_of_each(y.argmax(1), t, y.shape[1])])
-    if _of_shares(goal):
+    if goal.task.of_shares:
         loss, counts = F.cross_entropy(y, t, reduction="sum"), _right_of_each(y.argmax(1), t.argmax(1), y.shape[1])
         return torch.cat([loss.view(1), *counts, t.sum(0)])
     known = ~t.isnan()
@@ -185,7 +185,7 @@ def constant_score(goal: Goal, sums: Tensor) -> Score:
 
 def _of_each(goal: Goal, sums: list[float]) -> tuple[list[list[float]], ...]:
     """How many of each class are right, how many there are, and the sums of their shares, ``[l][c]`` each."""
-    parts = 3 if _of_shares(goal) else 2
+    parts = 3 if goal.task.of_shares else 2
     size = len(sums) // parts
     step = 2 if goal.task.name == "multilabel" else size
     right, count, *share = [[sums[i : i + step] for i in range(p, p + size, step)] for p in range(0, len(sums), size)]
@@ -205,11 +205,6 @@ def _distance(sums: list[float]) -> tuple[float, float]:
     width = len(sums) // 3
     away, square, known = (sums[start : start + width] for start in (0, width, 2 * width))
     return sum(s - a * a / max(n, 1) for a, s, n in zip(away, square, known, strict=True)), sum(known)
-
-
-def _of_shares(goal: Goal) -> bool:
-    """Whether the targets are shares of classes, rather than one class each, or labels."""
-    return not goal.task.classes and goal.task.name in ("multiclass", "binary")
 
 
 def _right_of_each(guess: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +227,7 @@ def worth_of(goal: Goal, y: Tensor, t: Tensor, spread: float) -> Tensor:
     if goal.task.classes:
         guess = (y[:, 0] > 0).long() if y.shape[1] == 1 else y.argmax(1)
         return (guess == t).double().masked_fill(unknown, torch.nan)
-    if _of_shares(goal):
+    if goal.task.of_shares:
         return (y.argmax(1) == t.argmax(1)).double().masked_fill(unknown, torch.nan)
     known = ~t.isnan()
     count = known.double().sum(1).clamp(min=1)

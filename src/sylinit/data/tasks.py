@@ -45,7 +45,17 @@ class Task:
     @property
     def has_logits(self) -> bool:
         """Whether the head gives logits rather than values."""
-        return self.name in ("multiclass", "binary", "multilabel", "next-token")
+        return self.exclusive or self.name == "multilabel"
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the logits are of classes that exclude each other."""
+        return self.name in ("multiclass", "binary", "next-token")
+
+    @property
+    def of_shares(self) -> bool:
+        """Whether the targets are shares of such classes rather than one class each."""
+        return self.exclusive and not self.classes
 
 
 PROBLEM_TYPES = {

@@ -326,7 +326,7 @@ def _folds(goal: Goal, processes: Processes) -> Tensor:
     def of(target: Tensor) -> Tensor:
         if goal.task.classes:
             return target if target.ndim == 1 else torch.zeros(len(target), dtype=torch.long)
-        if goal.task.name in ("multiclass", "binary") and target.ndim == 2:  # shares of classes
+        if goal.task.of_shares and target.ndim == 2:
             return target.nan_to_num(0).argmax(1).masked_fill(target.isnan().all(1), -1)
         return target.new_zeros(len(target), dtype=torch.long)
 

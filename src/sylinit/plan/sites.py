@@ -28,7 +28,7 @@ from sylinit.report import LayerReport
 from sylinit.runtime.processes import Processes
 from sylinit.runtime.transaction import Transaction
 from sylinit.solvers.fit import Fit
-from sylinit.solvers.problem import Problem, Role
+from sylinit.solvers.problem import Problem, Role, above_chance
 from sylinit.solvers.scaling import rescale
 from sylinit.solvers.solve import solve
 from sylinit.solvers.standardize import standardized
@@ -125,7 +125,7 @@ class MatrixSite:
     @property
     def _exclusive(self) -> bool:
         """Whether its outputs are logits of classes that exclude each other."""
-        return self.goal is None or self.goal.task.name in ("multiclass", "next-token") or self.goal.task.classes > 0
+        return self.goal is None or self.goal.task.exclusive
 
     @property
     def intercept(self) -> bool:
@@ -264,7 +264,7 @@ class MatrixSite:
         if self.role == "logits":
             if self.intercept:  # it says a part of how frequent its classes are: of all rows, or noise is below chance
                 assert fit.prior is not None
-                told, share = fit.prior[0], t.mean(0) - (0.0 if self._exclusive else 0.5)
+                told, share = fit.prior[0], above_chance(t.mean(0), self._exclusive)
                 left_out = left_out + told * share + wanted / (len(wanted) - 1)
             left_out = left_out[:, 1:] - left_out[:, :1] if y.shape[1] < t.shape[1] else left_out
             left_out = torch.where(fit.dead, fit.bias, left_out)

@@ -21,6 +21,11 @@ Role = Literal["units", "directions", "logits", "values"]
 move little; the logits of a classifier; the values that are to be predicted."""
 
 
+def above_chance(share: Tensor, exclusive: bool) -> Tensor:
+    """What the shares of classes ``[..., c]`` are above ``1/c``, or, if they do not exclude each other, above 1/2."""
+    return share - (1 / share.shape[-1] if exclusive else 0.5)
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is to be solved for one layer, beside its data.
@@ -61,7 +66,7 @@ class Problem:
             return torch.zeros_like(mean)
         if self.role == "values":
             return mean
-        return config.prior * (mean - (1 / mean.shape[-1] if self.exclusive else 0.5))
+        return config.prior * above_chance(mean, self.exclusive)
 
     def generator(self) -> torch.Generator:
         """A fresh generator: the same draws whichever process or solver solves the layer."""

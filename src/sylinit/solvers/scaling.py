@@ -10,10 +10,10 @@ from torch import Tensor
 from sylinit.config import Config
 from sylinit.linalg.eigh import robust_rank
 from sylinit.solvers.fit import Fit
-from sylinit.solvers.problem import Role
+from sylinit.solvers.problem import Role, above_chance
 
 
-def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classes: bool = True) -> Fit:
+def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, exclusive: bool = True) -> Fit:
     """Scale each unit of a solution and give it the bias that centers it.
 
     * "units": output variance `Config.variance`, by ``w sqrt(variance) / s`` with
@@ -28,7 +28,7 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classe
         role: what the outputs are.
         config: the constants of the method.
         deviation: of "units", over what `Config.variance` gives.
-        classes: whether "logits" are of classes that exclude each other, rather than of labels.
+        exclusive: whether "logits" are of classes that exclude each other, rather than of labels.
 
     Returns:
         The fit with ``weight [g, k, d]``, bias, dead units and rank.
@@ -42,8 +42,8 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classe
     if role == "logits":
         dead = spread <= 0
         factor = config.logit_deviation / spread.mean().clamp(min=tiny).sqrt().expand_as(spread)
-        whole = factor * frequencies(fit, classes)
-        prior = carried(whole, cov.mean_t, classes, config)
+        whole = factor * frequencies(fit, exclusive)
+        prior = carried(whole, cov.mean_t, exclusive, config)
         offset = prior * whole
     elif role == "values":
         dead = spread <= 0
@@ -74,7 +74,7 @@ def rescale(fit: Fit, role: Role, config: Config, deviation: float = 1.0, classe
     )
 
 
-def frequencies(fit: Fit, classes: bool) -> Tensor:
+def frequencies(fit: Fit, exclusive: bool) -> Tensor:
     """How frequent classes or labels are, in the logits of a solution before they are scaled, ``[g, k]``.
 
     A least-squares fit of a target ``t`` is ``y + mean(t)`` with ``y`` the solution's centered output over
@@ -83,13 +83,13 @@ def frequencies(fit: Fit, classes: bool) -> Tensor:
     cov = fit.statistics
     assert cov is not None
     assert fit.scale is not None
-    share = cov.mean_t - (1 / cov.mean_t.shape[-1] if classes else 0.5)
+    share = above_chance(cov.mean_t, exclusive)
     if fit.weight.shape[1] < share.shape[-1]:  # one logit: the second class against the first
         share = share[..., 1:] - share[..., :1]
     return fit.scale.squeeze(2) * share * ((1 + fit.encoding_weight) / max(fit.encoding_weight, 1e-12))
 
 
-def carried(whole: Tensor, share: Tensor, classes: bool, config: Config) -> Tensor:
+def carried(whole: Tensor, share: Tensor, exclusive: bool, config: Config) -> Tensor:
     """What part of the frequencies a head's bias carries: `Config.prior`, or less where features tell next to nothing.
 
     The scale that brings the logits of such features to `Config.logit_deviation` would blow the frequencies up beyond
@@ -100,13 +100,13 @@ def carried(whole: Tensor, share: Tensor, classes: bool, config: Config) -> Tens
     Args:
         whole: `frequencies` on the scale of the logits, ``[g, k]``.
         share: of each class or label, ``[g, c]`` or ``[c]``.
-        classes: whether they exclude each other.
+        exclusive: whether they exclude each other.
         config: the constants of the method.
 
     Returns:
         ``[g, 1]`` of classes, ``[g, k]`` of labels.
     """
-    if classes:
+    if exclusive:
         ratio = share.shape[-1] * share.amax(-1, keepdim=True)
         size = whole.abs() if whole.shape[1] == 1 else whole.amax(1, keepdim=True)
     else:
