@@ -184,9 +184,8 @@ class MatrixSite:
         units = self.view.units if outputs is None else len(outputs)
         scaled = standardized(rows, context.config) if self.entry and self.intercept else None
         source = scaled or rows
-        problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept, self._exclusive)
-        config = replace(context.config, encoding_weight=self.encoding * context.config.encoding_weight)
-        fit = solve(source, problem, config)
+        problem = Problem(self.name, code, units, seed + 1, self.role, self.intercept, self._exclusive, self.encoding)
+        fit = solve(source, problem, context.config)
         fit = context.processes.together(
             lambda: rescale(fit, self.role, context.config, self.deviation, self._exclusive)
         )

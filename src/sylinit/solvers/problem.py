@@ -38,6 +38,7 @@ class Problem:
         role: what its outputs are.
         intercept: whether a bias can center them; a head without one is fitted through the origin.
         exclusive: of logits, whether they are of classes that exclude each other rather than of labels.
+        encoding: lambda of a layer before the head, over `Config.encoding_weight`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Problem:
     role: Role = "units"
     intercept: bool = True
     exclusive: bool = True
+    encoding: float = 1.0
 
     @property
     def is_head(self) -> bool:
@@ -55,7 +57,7 @@ class Problem:
 
     def encoding_weight(self, config: Config) -> float | None:
         """Lambda; None for the one of least cross-validation error, which exact solvers find."""
-        return config.head_encoding_weight if self.is_head else config.encoding_weight
+        return config.head_encoding_weight if self.is_head else self.encoding * config.encoding_weight
 
     def kept_mean(self, mean: Tensor, config: Config) -> Tensor:
         """What the targets keep of their mean ``[..., c]``, for the weights to carry where there is no bias.
